@@ -1,0 +1,91 @@
+"""What dataset preparation hands to the steps after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Counts(BaseModel):
+    """Where every line went: ``lines == train + eval + duplicates + rejected + blank``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    lines: int
+    train: int
+    eval: int
+    duplicates: int
+    rejected: int
+    blank: int
+
+    @property
+    def kept(self) -> int:
+        """Records that training or evaluation will see."""
+        return self.train + self.eval
+
+
+class PreparedDataset(BaseModel):
+    """A published directory with ``train.jsonl``, ``eval.jsonl`` and ``rejects.jsonl``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    date: str
+    fingerprint: str
+    window_dates: list[str]
+    counts: Counts
+    rejects_by_reason: dict[str, int]
+    rejects_by_file: dict[str, int]
+    reused: bool = False
+
+    @property
+    def train_path(self) -> Path:
+        """Training records, one JSON object a line, as they arrived."""
+        return self.path / "train.jsonl"
+
+    @property
+    def eval_path(self) -> Path:
+        """Held-out records."""
+        return self.path / "eval.jsonl"
+
+    @property
+    def rejects_path(self) -> Path:
+        """One JSON object for every rejected line: file, line, offset, length, reason, position, head."""
+        return self.path / "rejects.jsonl"
+
+
+class Truncation(BaseModel):
+    """What a `max_length` would cut."""
+
+    model_config = ConfigDict(frozen=True)
+
+    max_length: int
+    records: int
+    record_share: float
+    token_share: float
+
+
+class DatasetProfile(BaseModel):
+    """Counts, columns and exact token statistics of a dataset."""
+
+    model_config = ConfigDict(frozen=True)
+
+    total_samples: int
+    format_detected: str
+    has_instruction: bool
+    has_output: bool
+    avg_tokens: float | None
+    max_tokens: int | None
+    columns: list[str]
+    duplicates_found: int
+    percentiles: dict[str, int] = {}
+    # (from, below, records)
+    histogram: list[tuple[int, int, int]] = []
+    truncation: list[Truncation] = []
+    script_shares: dict[str, float] = {}
+    records_per_file: dict[str, int] = {}
+    record_formats: dict[str, int] = {}
+    total_tokens: int | None = None
+    trained_token_share: float | None = None
+    tokenizer: str | None = None

@@ -1,0 +1,90 @@
+"""What merge, GGUF and the serving exports hand on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class MergedModel(BaseModel):
+    """Base + adapter as one model in Hugging Face's layout."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    run_id: str
+    output_format: str
+    merged_tensors: int
+    total_parameters: int
+    size: int
+    seconds: float
+    # None when validate_after_merge was off
+    max_logit_difference: float | None
+    greedy_tokens_equal: bool | None
+    reused: bool = False
+
+
+class GgufFile(BaseModel):
+    """One GGUF file; `quantization` is llama.cpp's name of its type (``F16``, ``Q8_0``, ``Q4_K_M``, ...)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    quantization: str
+    size: int
+    sha256: str
+
+
+class GgufVerification(BaseModel):
+    """What a llama.cpp runtime said, compared with Hugging Face's merged model."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokenization_equal: bool
+    prompts: int
+    # share of greedy tokens equal to the merged model's, for each file by its name
+    greedy_agreement: dict[str, float]
+    sample_question: str
+    sample_answer: str
+    base_answer: str
+
+
+class GgufExport(BaseModel):
+    """Merged GGUF (full precision and quantized), base GGUF and adapter GGUF, verified by a runtime."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    run_id: str
+    full: GgufFile
+    quantized: GgufFile
+    base: GgufFile
+    adapter: GgufFile
+    verification: GgufVerification
+    seconds: float
+    reused: bool = False
+
+
+class OllamaExport(BaseModel):
+    """``Modelfile`` (base + adapter) and ``Modelfile.merged``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    modelfile: Path
+    modelfile_merged: Path
+    # the model's name on the server, when one was created
+    created_model: str | None
+    reused: bool = False
+
+
+class LmStudioExport(BaseModel):
+    """LM Studio's ``<publisher>/<model>/<file>.gguf`` and ``lmstudio_config.json``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    gguf: Path
+    config: Path
+    reused: bool = False

@@ -1,0 +1,83 @@
+"""The plan of one training: configuration, search space, memory estimate."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Method = Literal["lora", "qlora", "prefix", "ia3"]
+Task = Literal["instruction", "domain", "chat", "style"]
+
+
+class TrialConfig(BaseModel):
+    """Everything that decides what a training does; equal configurations give equal adapters on CPU."""
+
+    model_config = ConfigDict(frozen=True)
+
+    trial_id: str
+    method: Method = "lora"
+    task: Task = "instruction"
+    lora_rank: int = Field(8, ge=1)
+    lora_alpha: float = 16
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    use_rslora: bool = False
+    use_dora: bool = False
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+    learning_rate: float = Field(2e-4, gt=0)
+    lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = 0.0
+    optimizer: str = "adamw_torch"
+    micro_batch: int = Field(4, ge=1)
+    accumulation: int = Field(4, ge=1)
+    epochs: float = Field(3, gt=0)
+    max_steps: int | None = None
+    max_length: int = Field(1024, ge=8)
+    packing: bool = False
+    precision: Literal["bf16", "fp32"] = "fp32"
+    gradient_checkpointing: bool = False
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    seed: int = 42
+
+    @property
+    def effective_batch(self) -> int:
+        """Records per optimizer step."""
+        return self.micro_batch * self.accumulation
+
+
+class Range(BaseModel):
+    """One dimension of the search space: an interval, or a list of choices."""
+
+    model_config = ConfigDict(frozen=True)
+
+    low: float | None = None
+    high: float | None = None
+    log: bool = False
+    choices: list[int | float | str | bool] | None = None
+
+
+class MemoryEstimate(BaseModel):
+    """Peak memory of the training in GB (10^9 bytes) and its parts."""
+
+    model_config = ConfigDict(frozen=True, protected_namespaces=())
+
+    vram_gb: float
+    fits: bool | None
+    limit_gb: float | None
+    model_params: int
+    trainable_params: int
+    parts: dict[str, float]
+
+
+class TrainingPlan(BaseModel):
+    """What the training step is handed, with one line of explanation per choice."""
+
+    model_config = ConfigDict(frozen=True)
+
+    trial_config: TrialConfig
+    search_space: dict[str, Range]
+    memory_estimate: MemoryEstimate
+    explanations: list[str]
+    estimated_steps: int
+    estimated_tokens: int | None

@@ -1,0 +1,229 @@
+"""Atomic publication of directories, and their manifests.
+
+A directory is complete if and only if its ``manifest.json`` exists. It is written to a sibling
+temporary directory, every file is flushed to disk, the manifest comes last, and one rename makes it
+visible. Whoever is killed half-way leaves only a temporary directory behind, which readers ignore.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finetune.errors import ArtifactError, full_disk_named
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+TEMPORARY_MARK = ".tmp-"
+_CHUNK = 1 << 20
+
+
+class FileEntry(BaseModel):
+    """One published file: its size in bytes and its SHA-256 in hexadecimal."""
+
+    model_config = ConfigDict(frozen=True)
+
+    size: int
+    sha256: str
+
+
+class Manifest(BaseModel):
+    """What a published directory holds and what it was made from (format version 1)."""
+
+    model_config = ConfigDict(frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    kind: str
+    created_at: datetime
+    inputs: dict[str, Any] = Field(default_factory=dict)
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    results: dict[str, Any] = Field(default_factory=dict)
+    outputs: dict[str, FileEntry]
+
+
+@dataclass
+class Staging:
+    """A directory being made: write files under `path`, fill in what the manifest shall say."""
+
+    path: Path
+    inputs: dict[str, Any] = field(default_factory=dict)
+    parameters: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, Any] = field(default_factory=dict)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes in hexadecimal, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no white space: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str).encode()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of `canonical_json` in hexadecimal."""
+    return hashlib.sha256(canonical_json(value)).hexdigest()
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether `directory` was published whole."""
+    return (directory / MANIFEST_NAME).is_file()
+
+
+def read_manifest(
+    directory: Path, *, kind: str | None = None, verify: Literal["sizes", "hashes"] = "sizes"
+) -> Manifest:
+    """Read and check the manifest of a published directory.
+
+    Args:
+        directory: the published directory.
+        kind: the kind that is expected, if any.
+        verify: compare the files' sizes only, or their SHA-256 too.
+
+    Raises:
+        ArtifactError: not published, of another kind, or a file is missing or altered.
+    """
+    path = directory / MANIFEST_NAME
+    remedy = "Delete the directory and materialize the asset again"
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactError(
+            "no complete artifact here: manifest.json is missing", where=directory, remedy=remedy
+        ) from error
+    except ValidationError as error:
+        raise ArtifactError(f"unreadable manifest: {error}", where=path, remedy=remedy) from error
+    if manifest.schema_version > SCHEMA_VERSION:
+        raise ArtifactError(
+            f"manifest has schema version {manifest.schema_version}, this program knows {SCHEMA_VERSION}",
+            where=path,
+            remedy="Upgrade lora-assets",
+        )
+    if kind is not None and manifest.kind != kind:
+        raise ArtifactError(f"expected an artifact of kind {kind}, found {manifest.kind}", where=path, remedy=remedy)
+    for name, entry in manifest.outputs.items():
+        file = directory / name
+        if not file.is_file():
+            raise ArtifactError("a file of the artifact is missing", where=file, remedy=remedy)
+        if file.stat().st_size != entry.size:
+            raise ArtifactError(
+                f"a file of the artifact has {file.stat().st_size} bytes instead of {entry.size}",
+                where=file,
+                remedy=remedy,
+            )
+        if verify == "hashes" and sha256_file(file) != entry.sha256:
+            raise ArtifactError("a file of the artifact was altered: its SHA-256 differs", where=file, remedy=remedy)
+    return manifest
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _finish(staging: Staging, kind: str) -> Manifest:
+    outputs: dict[str, FileEntry] = {}
+    for file in sorted(staging.path.rglob("*")):
+        if file.is_dir():
+            file.chmod(0o755)
+        else:
+            # Libraries write some files with mode 0600; other users of a shared volume must read them.
+            file.chmod(0o644)
+            _sync(file)
+            name = file.relative_to(staging.path).as_posix()
+            outputs[name] = FileEntry(size=file.stat().st_size, sha256=sha256_file(file))
+    manifest = Manifest(
+        kind=kind,
+        created_at=datetime.now(UTC),
+        inputs=staging.inputs,
+        parameters=staging.parameters,
+        results=staging.results,
+        outputs=outputs,
+    )
+    path = staging.path / MANIFEST_NAME
+    path.write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    path.chmod(0o644)
+    staging.path.chmod(0o755)
+    _sync(path)
+    _sync(staging.path)
+    return manifest
+
+
+def temporary_sibling(target: Path) -> Path:
+    """A fresh hidden name beside `target`, for work that a rename will publish."""
+    return target.with_name(f".{target.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@contextmanager
+def publish_directory(target: Path, *, kind: str) -> Iterator[Staging]:
+    """Make `target` whole or not at all.
+
+    Yields a `Staging` whose files become `target` when the block ends without an error. A complete
+    `target` that is there already is replaced; between the two renames a reader sees none.
+
+    Raises:
+        StorageFullError: the disk is full; nothing is left behind.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    staging = Staging(temporary_sibling(target))
+    with full_disk_named(target):
+        try:
+            staging.path.mkdir()
+            yield staging
+            _finish(staging, kind)
+            if target.exists():
+                old = temporary_sibling(target)
+                target.rename(old)
+                staging.path.rename(target)
+                shutil.rmtree(old)
+            else:
+                staging.path.rename(target)
+            _sync(target.parent)
+        finally:
+            shutil.rmtree(staging.path, ignore_errors=True)
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Write a file beside its place, flush it, rename it.
+
+    Raises:
+        StorageFullError: the disk is full; the old file is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_sibling(path)
+    with full_disk_named(path):
+        try:
+            with temporary.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            temporary.replace(path)
+            _sync(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_json_atomically(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
+    """`write_bytes_atomically` of indented UTF-8 JSON."""
+    write_bytes_atomically(
+        path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
+    )

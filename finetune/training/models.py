@@ -1,0 +1,40 @@
+"""What a training run hands to the steps after it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class LossPoint(BaseModel):
+    """One line of the training log."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    loss: float
+    learning_rate: float
+
+
+class TrainingResult(BaseModel):
+    """A published adapter in PEFT's layout, or what a dry run found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    status: Literal["completed", "dry_run", "failed"]
+    run_id: str
+    backend: Literal["hf-peft", "h2o"]
+    adapter_path: Path | None
+    adapter_hash: str | None
+    training_steps: int
+    gpu_hours: float
+    final_loss: float | None
+    loss_curve: list[LossPoint] = []
+    tokens_seen: int | None = None
+    tokens_per_second: float | None = None
+    peak_memory_gb: float | None = None
+    seconds: float = 0.0
+    external_run_id: str | None = None
+    reused: bool = False
