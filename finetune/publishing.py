@@ -224,6 +224,4 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 def write_json_atomically(path: Path, value: Mapping[str, Any] | list[Any]) -> None:
     """`write_bytes_atomically` of indented UTF-8 JSON."""
-    write_bytes_atomically(
-        path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode()
-    )
+    write_bytes_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n").encode())

@@ -7,6 +7,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from finetune.base_model.models import BaseModelRef
+from finetune.dataset.models import PreparedDataset
+from finetune.planning.models import TrainingPlan
+
 
 class LossPoint(BaseModel):
     """One line of the training log."""
@@ -38,3 +42,18 @@ class TrainingResult(BaseModel):
     seconds: float = 0.0
     external_run_id: str | None = None
     reused: bool = False
+
+
+class TrainingRequest(BaseModel):
+    """Everything a trainer needs, local or remote."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    date: str
+    dataset: PreparedDataset
+    plan: TrainingPlan
+    base_model: BaseModelRef
+    # where the adapter is published, and where checkpoints live meanwhile
+    adapter_dir: Path
+    work_dir: Path
