@@ -1,0 +1,122 @@
+"""Models from the Hugging Face hub, through its own client and cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.errors import BaseModelError, full_disk_named
+from finetune.progress import Progress, ProgressEvent
+
+_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*"]
+
+
+def _patterns(names: list[str], *, weights: bool, code: bool) -> list[str]:
+    """What to fetch of a repository's files: one kind of weights, safetensors where there are any."""
+    patterns = [*_SMALL, *(["*.py"] if code else [])]
+    if weights:
+        patterns.append("*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin")
+    return patterns
+
+
+def fetch_from_hub(
+    repository: str,
+    *,
+    given: str,
+    cache_dir: Path,
+    revision: str | None,
+    token: str | None,
+    trust_remote_code: bool,
+    weights: bool,
+    on_progress: Progress,
+) -> tuple[Path, str]:
+    """Download a repository, or take it from the cache when the hub can't be reached.
+
+    Args:
+        repository: ``org/model``.
+        given: what the setting said, for messages.
+        cache_dir: the hub's cache is ``<cache_dir>/hub``.
+        revision: branch, tag or commit; the default branch where None.
+        token: access token.
+        trust_remote_code: fetch Python files too.
+        weights: False leaves the weights out.
+        on_progress: told before and after.
+
+    Returns:
+        The snapshot's directory and its commit.
+
+    Raises:
+        BaseModelError: no such repository or revision, no access, or neither reachable nor cached.
+        StorageFullError: the disk is full.
+    """
+    import httpx
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    cache = cache_dir / "hub"
+    where = f"BASE_MODEL_NAME={given}"
+    tried = (
+        f"tried the directory {Path(given).expanduser().absolute()}, the short names, and the hub repository "
+        f"{repository} at revision {revision or 'main'} on {constants.ENDPOINT}"
+    )
+
+    def snapshot(patterns: list[str], *, offline: bool) -> tuple[Path, str]:
+        found = Path(
+            snapshot_download(
+                repository,
+                revision=revision,
+                token=token,
+                cache_dir=cache,
+                allow_patterns=patterns,
+                ignore_patterns=["original/*", "onnx/*"],
+                local_files_only=offline,
+            )
+        )
+        return found, found.name
+
+    try:
+        with full_disk_named(cache):
+            on_progress(ProgressEvent(f"fetching {repository}", 0, 1, "models"))
+            names = [
+                sibling.rfilename
+                for sibling in HfApi().model_info(repository, revision=revision, token=token).siblings or []
+            ]
+            fetched = snapshot(_patterns(names, weights=weights, code=trust_remote_code), offline=False)
+            on_progress(ProgressEvent(f"fetching {repository}", 1, 1, "models"))
+            return fetched
+    except GatedRepoError as error:
+        raise BaseModelError(
+            f"the base model is gated and this token has no access ({tried})",
+            where=where,
+            remedy=f"Accept its licence at {constants.ENDPOINT}/{repository} and set HF_TOKEN to a token of that account",
+        ) from error
+    except RevisionNotFoundError as error:
+        raise BaseModelError(
+            f"the base model has no such revision ({tried})",
+            where=where,
+            remedy="Set BASE_MODEL_REVISION to a branch, tag or commit of the repository, or unset it",
+        ) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        raise BaseModelError(
+            f"no such base model, or it is private ({tried})",
+            where=where,
+            remedy="Correct BASE_MODEL_NAME: a directory, a short name or org/model; a private one needs HF_TOKEN",
+        ) from error
+    except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+        try:
+            return snapshot(_patterns([], weights=weights, code=trust_remote_code) + ["*.safetensors"], offline=True)
+        except LocalEntryNotFoundError:
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise BaseModelError(
+                f"the base model can't be reached and is not in the cache {cache} ({tried}): {reason}",
+                where=where,
+                remedy="Check the network or HF_ENDPOINT, or download the model elsewhere and set BASE_MODEL_NAME to its "
+                "directory; unset it for the embedded model",
+            ) from error
