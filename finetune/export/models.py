@@ -19,8 +19,11 @@ class MergedModel(BaseModel):
     total_parameters: int
     size: int
     seconds: float
+    # "streaming" (tensor by tensor) or "peft"
+    method: str = "streaming"
     # None when validate_after_merge was off
     max_logit_difference: float | None
+    logit_tolerance: float | None = None
     greedy_tokens_equal: bool | None
     reused: bool = False
 

@@ -1,0 +1,146 @@
+"""A PEFT adapter as it lies on disk, without peft: its configuration, its hash, its scales."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ArtifactError
+from finetune.publishing import sha256_file, sha256_json
+
+if TYPE_CHECKING:
+    import torch
+
+CONFIG_NAME = "adapter_config.json"
+WEIGHTS_NAME = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# Adapters with any of these do more than add B @ A to a weight.
+_NOT_PLAIN = (
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "layer_replication",
+    "lora_bias",
+    "modules_to_save",
+    "monteclora_config",
+    "target_parameters",
+    "trainable_token_indices",
+    "use_bdlora",
+    "use_dora",
+    "use_qalora",
+    "velora_config",
+)
+
+
+@dataclass(frozen=True)
+class LoraPair:
+    """One adapted module: the weight's update is ``scale * B @ A``, transposed where `fan_in_fan_out`.
+
+    `a` is (rank, in), `b` (out, rank), both float32.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+    fan_in_fan_out: bool
+
+    def delta(self) -> torch.Tensor:
+        """The update in the weight's own layout, float32."""
+        product = self.b @ self.a
+        return (product.T if self.fan_in_fan_out else product).mul_(self.scale)
+
+
+def read_adapter_config(adapter_path: Path) -> dict[str, Any]:
+    """PEFT's ``adapter_config.json``.
+
+    Raises:
+        ArtifactError: missing, not JSON, or without a ``peft_type``.
+    """
+    path = adapter_path / CONFIG_NAME
+    remedy = "Train the adapter again, or point --adapter at a directory in PEFT's layout"
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactError("not an adapter: adapter_config.json is missing", where=path, remedy=remedy) from error
+    except ValueError as error:
+        raise ArtifactError(f"unreadable adapter_config.json: {error}", where=path, remedy=remedy) from error
+    if not isinstance(config, dict) or "peft_type" not in config:
+        raise ArtifactError("adapter_config.json names no peft_type", where=path, remedy=remedy)
+    return config
+
+
+def adapter_digest(adapter_path: Path) -> str:
+    """SHA-256 over an adapter's weights and configuration, wherever its base model lies.
+
+    Raises:
+        ArtifactError: the configuration or the weights are missing.
+    """
+    config = read_adapter_config(adapter_path)
+    config.pop("base_model_name_or_path", None)
+    # peft writes this one from a set.
+    if isinstance(config.get("target_modules"), list):
+        config["target_modules"] = sorted(config["target_modules"])
+    weights = adapter_path / WEIGHTS_NAME
+    if not weights.is_file():
+        raise ArtifactError("the adapter's weights are missing", where=weights, remedy="Train the adapter again")
+    return sha256_json({"config": config, "weights": sha256_file(weights)})
+
+
+def is_plain_lora(config: Mapping[str, Any]) -> bool:
+    """Whether the adapter only adds scaled low-rank products to weights."""
+    return (
+        config["peft_type"] == "LORA"
+        and config.get("bias", "none") == "none"
+        and not any(config.get(name) for name in _NOT_PLAIN)
+    )
+
+
+def module_scale(config: Mapping[str, Any], module: str) -> float:
+    """LoRA's scale of one module: alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv:2312.03732).
+
+    Patterns match as in peft: a regular expression for the end of the module's name, whole components.
+    """
+    rank = _pattern_value(config.get("rank_pattern") or {}, module, config["r"])
+    alpha = _pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
+    return float(alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank)
+
+
+def _pattern_value(patterns: Mapping[str, float], module: str, default: float) -> float:
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def read_lora_pairs(adapter_path: Path, config: Mapping[str, Any]) -> dict[str, LoraPair] | None:
+    """The pairs of a plain LoRA adapter by module name, or None where it holds anything else.
+
+    Raises:
+        ArtifactError: a pair is incomplete, or the weights are damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = adapter_path / WEIGHTS_NAME
+    remedy = "Train the adapter again"
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"unreadable adapter weights: {error}", where=path, remedy=remedy) from error
+    sides: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
+        if match is None or tensor.ndim != 2:
+            return None
+        sides.setdefault(match[1], {})[match[2]] = tensor.float()
+    pairs = {}
+    for module, side in sides.items():
+        if side.keys() != {"A", "B"}:
+            raise ArtifactError(f"the adapter has only one half of {module}", where=path, remedy=remedy)
+        pairs[module] = LoraPair(side["A"], side["B"], module_scale(config, module), bool(config.get("fan_in_fan_out")))
+    return pairs

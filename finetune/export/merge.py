@@ -1,0 +1,206 @@
+"""Base + adapter as one model in Hugging Face's layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from finetune.errors import ArtifactError, BaseModelError
+from finetune.export.adapter import adapter_digest, is_plain_lora, read_adapter_config, read_lora_pairs
+from finetune.export.merge_check import check_merge
+from finetune.export.models import MergedModel
+from finetune.export.peft_merge import merge_through_peft, refuse_unmergeable
+from finetune.export.streaming import can_stream, merge_streaming, read_safetensors_header, shard_paths
+from finetune.progress import Progress, ProgressEvent, ignore_progress
+from finetune.publishing import is_complete, publish_directory, read_manifest
+
+if TYPE_CHECKING:
+    from finetune.base_model.models import BaseModelRef
+    from finetune.export.prompts import Prompts
+
+OutputFormat = Literal["safetensors", "pytorch"]
+KIND = "merged_model"
+INDEX_NAME = "model.safetensors.index.json"
+# All that a loader reads beside the weights: configuration, generation defaults, tokenizer, chat template.
+_COMPANIONS = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.py")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+
+
+def merge_adapter(
+    *,
+    base_model: BaseModelRef,
+    adapter_path: Path,
+    output_dir: Path,
+    run_id: str,
+    output_format: OutputFormat = "safetensors",
+    validate_on: Prompts | None = None,
+    on_progress: Progress = ignore_progress,
+) -> MergedModel:
+    """Merge an adapter into its base and publish the result.
+
+    Plain LoRA (also rsLoRA, alpha and rank patterns) is streamed shard by shard, bitwise equal to
+    peft's default merge; anything else goes through peft itself. With `validate_on`, the merged model
+    must equal base + adapter on those prompts (`check_merge`) before it is published.
+
+    Args:
+        base_model: the base in its own precision; an adapter trained on a quantized base merges into
+            this one too.
+        adapter_path: a directory in PEFT's layout.
+        output_dir: where the model is published; reused when it is complete and made of the same inputs.
+        run_id: the training's id.
+        output_format: ``safetensors``, or legacy ``pytorch`` (``pytorch_model.bin``).
+        validate_on: conversations or texts to compare on, or None to skip the comparison.
+        on_progress: told of every merged tensor.
+
+    Raises:
+        ExportError: merging has no meaning for this adapter, or the result differs from base + adapter.
+        BaseModelError: the base model is damaged, or quantized itself.
+        ArtifactError: the adapter is incomplete.
+        StorageFullError: the disk is full.
+    """
+    config = read_adapter_config(adapter_path)
+    refuse_unmergeable(config, adapter_path)
+    inputs = {
+        "base_model": base_model.fingerprint,
+        "adapter": adapter_digest(adapter_path),
+        "output_format": output_format,
+    }
+    if reused := _find_complete(output_dir, inputs, validated=validate_on is not None):
+        return reused
+    _refuse_quantized(base_model)
+    started = time.monotonic()
+    with publish_directory(output_dir, kind=KIND) as staging:
+        _copy_companions(base_model.path, adapter_path, staging.path)
+        pairs = read_lora_pairs(adapter_path, config) if is_plain_lora(config) else None
+        streamed = bool(pairs) and bool(shard_paths(base_model.path)) and can_stream(base_model.path, pairs or {})
+        if pairs and streamed:
+            if (base_model.path / INDEX_NAME).is_file():
+                shutil.copyfile(base_model.path / INDEX_NAME, staging.path / INDEX_NAME)
+            merged_tensors = merge_streaming(
+                base_model.path,
+                pairs,
+                staging.path,
+                lambda done: on_progress(ProgressEvent("merge", done, len(pairs), "tensors")),
+            )
+        else:
+            merged_tensors = merge_through_peft(base_model.path, adapter_path, config, staging.path)
+        parameters = _count_parameters(staging.path)
+        # The comparison reads what the loaders of both formats read, so it comes after the change of format.
+        if output_format == "pytorch":
+            _to_pytorch(staging.path)
+        check = None
+        if validate_on is not None:
+            on_progress(ProgressEvent("merge check", 0, len(validate_on), "prompts"))
+            check = check_merge(
+                base_model=base_model, adapter_path=adapter_path, merged_path=staging.path, prompts=validate_on
+            )
+            on_progress(ProgressEvent("merge check", check.prompts, check.prompts, "prompts"))
+        result = MergedModel(
+            path=output_dir,
+            run_id=run_id,
+            output_format=output_format,
+            method="streaming" if streamed else "peft",
+            merged_tensors=merged_tensors,
+            total_parameters=parameters,
+            size=sum(file.stat().st_size for file in staging.path.iterdir()),
+            seconds=time.monotonic() - started,
+            max_logit_difference=None if check is None else check.max_logit_difference,
+            logit_tolerance=None if check is None else check.tolerance,
+            greedy_tokens_equal=None if check is None else check.greedy_tokens_equal,
+        )
+        staging.inputs = inputs
+        staging.parameters = {"base_model": base_model.name, "base_model_revision": base_model.revision}
+        staging.results = result.model_dump(mode="json", exclude={"path", "reused"})
+    return result
+
+
+def _find_complete(output_dir: Path, inputs: dict[str, Any], *, validated: bool) -> MergedModel | None:
+    if not is_complete(output_dir):
+        return None
+    try:
+        manifest = read_manifest(output_dir, kind=KIND)
+    except ArtifactError:
+        return None
+    if manifest.inputs != inputs:
+        return None
+    found = MergedModel(path=output_dir, reused=True, **manifest.results)
+    return found if found.max_logit_difference is not None or not validated else None
+
+
+def _refuse_quantized(base_model: BaseModelRef) -> None:
+    try:
+        config = json.loads((base_model.path / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise BaseModelError(
+            f"unreadable config.json: {error}", where=base_model.path, remedy="Download the base model again"
+        ) from error
+    if "quantization_config" in config:
+        raise BaseModelError(
+            "the base model's weights are quantized: an adapter cannot be added to them",
+            where=base_model.path,
+            remedy="Set BASE_MODEL_NAME to the same model in full precision",
+        )
+
+
+def _copy_companions(base: Path, adapter: Path, output: Path) -> None:
+    for pattern in _COMPANIONS:
+        for file in base.glob(pattern):
+            if not file.name.endswith(".index.json") and file.name != "manifest.json":
+                shutil.copyfile(file, output / file.name)
+    # An adapter trained with added tokens brings the tokenizer that knows them.
+    if _vocabulary(adapter) > _vocabulary(base):
+        for name in _TOKENIZER_FILES:
+            (output / name).unlink(missing_ok=True)
+            if (adapter / name).is_file():
+                shutil.copyfile(adapter / name, output / name)
+
+
+def _vocabulary(model: Path) -> int:
+    """How many tokens the directory's ``tokenizer.json`` knows; 0 without one."""
+    path = model / "tokenizer.json"
+    if not path.is_file():
+        return 0
+    from tokenizers import Tokenizer
+
+    return int(Tokenizer.from_file(str(path)).get_vocab_size())
+
+
+def _count_parameters(model: Path) -> int:
+    total = 0
+    for shard in shard_paths(model):
+        for tensor in read_safetensors_header(shard).values():
+            count = 1
+            for dimension in tensor.shape:
+                count *= dimension
+            total += count
+    return total
+
+
+def _to_pytorch(model: Path) -> None:
+    """Rewrite safetensors shards as ``torch.save`` files: transformers 5 writes no other format."""
+    import torch
+    from safetensors.torch import load_file
+
+    def renamed(name: str) -> str:
+        return name.replace("model", "pytorch_model", 1).replace(".safetensors", ".bin")
+
+    for shard in shard_paths(model):
+        torch.save(load_file(shard), model / renamed(shard.name))
+        shard.unlink()
+    index = model / INDEX_NAME
+    if index.is_file():
+        content = json.loads(index.read_bytes())
+        content["weight_map"] = {name: renamed(file) for name, file in content["weight_map"].items()}
+        (model / "pytorch_model.bin.index.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        index.unlink()

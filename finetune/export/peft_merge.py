@@ -1,0 +1,107 @@
+"""Merging through peft itself: everything that is more than plain LoRA over safetensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import ExportError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Methods that add virtual tokens in front of the input: there is no weight to add them to.
+_VIRTUAL_TOKENS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT"}
+
+
+def refuse_unmergeable(config: Mapping[str, Any], adapter_path: Path) -> None:
+    """Refuse adapters for which a merged model has no meaning.
+
+    Raises:
+        ExportError: prompt methods, and adapters that act on some tokens only.
+    """
+    peft_type = config["peft_type"]
+    if peft_type in _VIRTUAL_TOKENS:
+        raise ExportError(
+            f"an adapter of type {peft_type} adds virtual tokens, not weights: merging it has no meaning",
+            where=adapter_path,
+            remedy="Serve base and adapter together through peft, or train with method lora, qlora or ia3",
+        )
+    if config.get("alora_invocation_tokens"):
+        raise ExportError(
+            "an activated LoRA acts only after its invocation tokens: merging it has no meaning",
+            where=adapter_path,
+            remedy="Serve base and adapter together, or train a plain LoRA",
+        )
+
+
+def merge_through_peft(model_path: Path, adapter_path: Path, config: Mapping[str, Any], output: Path) -> int:
+    """Load base and adapter, merge, and write safetensors with index and configuration into `output`.
+
+    The base is loaded in its own precision, also for an adapter that was trained on a quantized base.
+    Returns how many modules were merged.
+
+    Raises:
+        ExportError: peft cannot merge this adapter.
+    """
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", local_files_only=True)
+    added = _added_rows(adapter_path, base.get_input_embeddings().weight.shape[0])
+    if added:
+        base.resize_token_embeddings(added)
+    if _touches_embeddings(adapter_path, config):
+        _untie(base)
+    model = PeftModel.from_pretrained(base, adapter_path, local_files_only=True)
+    if not hasattr(model, "merge_and_unload"):
+        raise ExportError(
+            f"peft cannot merge an adapter of type {config['peft_type']}",
+            where=adapter_path,
+            remedy="Serve base and adapter together through peft",
+        )
+    count = sum(1 for module in model.modules() if hasattr(module, "merge") and hasattr(module, "get_base_layer"))
+    with torch.no_grad():
+        merged = model.merge_and_unload()
+    broken = next((name for name, value in merged.named_parameters() if not torch.isfinite(value).all()), None)
+    if broken:
+        raise ExportError(
+            f"merging {broken} gives numbers that are not finite",
+            where=adapter_path,
+            remedy="The adapter is broken: train it again with a lower learning rate",
+        )
+    merged.save_pretrained(output)
+    return count
+
+
+def _adapter_tensors(adapter_path: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    with safe_open(adapter_path / "adapter_model.safetensors", "pt") as tensors:
+        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
+
+
+def _added_rows(adapter_path: Path, rows: int) -> int | None:
+    """The vocabulary's new size where the adapter was trained with added tokens."""
+    for name, shape in _adapter_tensors(adapter_path).items():
+        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and shape[0] > rows:
+            return shape[0]
+    return None
+
+
+def _touches_embeddings(adapter_path: Path, config: Mapping[str, Any]) -> bool:
+    return bool(config.get("trainable_token_indices")) or any(
+        "embed_tokens" in name or "lm_head" in name for name in _adapter_tensors(adapter_path)
+    )
+
+
+def _untie(model: PreTrainedModel) -> None:
+    """Give the head its own weight: merging into a shared one would change both ends of the model."""
+    import torch
+
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is not None and head.weight is embeddings.weight:
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        model.config.tie_word_embeddings = False

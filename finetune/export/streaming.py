@@ -1,0 +1,130 @@
+"""Merging plain LoRA tensor by tensor, with no whole model in memory.
+
+Each shard is copied by the kernel and patched in place through a memory map: peak memory is one
+shard's mapped pages and one tensor's update. The sum is taken in float32 and cast once, as peft does.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import BaseModelError, ExportError
+from finetune.export.adapter import LoraPair
+
+_SAFETENSORS_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+def read_safetensors_header(path: Path) -> dict[str, _Tensor]:
+    """Names, types and places (absolute offsets) of a safetensors file's tensors (format version 1).
+
+    Raises:
+        BaseModelError: the file is cut short or no safetensors file.
+    """
+    remedy = "Download the base model again"
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = stream.read(8)
+        header_size = struct.unpack("<Q", length)[0] if len(length) == 8 else size
+        if 8 + header_size > size:
+            raise BaseModelError("not a whole safetensors file", where=path, remedy=remedy)
+        try:
+            header = json.loads(stream.read(header_size))
+        except ValueError as error:
+            raise BaseModelError(f"unreadable safetensors header: {error}", where=path, remedy=remedy) from error
+    start = 8 + header_size
+    tensors = {
+        name: _Tensor(
+            entry["dtype"],
+            tuple(entry["shape"]),
+            start + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+        )
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+    if tensors and max(tensor.offset + tensor.size for tensor in tensors.values()) > size:
+        raise BaseModelError("the safetensors file is cut short", where=path, remedy=remedy)
+    return tensors
+
+
+def shard_paths(model_path: Path) -> list[Path]:
+    """The safetensors files that hold a model in Hugging Face's layout, in name order; none if it has none."""
+    index = model_path / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({model_path / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+    single = model_path / "model.safetensors"
+    return [single] if single.is_file() else []
+
+
+def can_stream(model_path: Path, pairs: Mapping[str, LoraPair]) -> bool:
+    """Whether every pair finds its weight, by name, shape and type, in the model's safetensors files."""
+    tensors: dict[str, _Tensor] = {}
+    for shard in shard_paths(model_path):
+        tensors.update(read_safetensors_header(shard))
+
+    def fits(module: str, pair: LoraPair) -> bool:
+        weight = tensors.get(f"{module}.weight")
+        shape = (pair.b.shape[0], pair.a.shape[1])
+        return (
+            weight is not None
+            and weight.dtype in _SAFETENSORS_FLOATS
+            and weight.shape == (shape[::-1] if pair.fan_in_fan_out else shape)
+        )
+
+    return all(fits(module, pair) for module, pair in pairs.items())
+
+
+def merge_streaming(
+    model_path: Path, pairs: Mapping[str, LoraPair], output: Path, on_tensor: Callable[[int], Any]
+) -> int:
+    """Write the base's shards with the pairs' updates added into `output`; returns how many tensors changed.
+
+    Call it only where `can_stream` holds. `on_tensor` is called with the number of merged tensors.
+
+    Raises:
+        ExportError: a merged weight is not finite.
+    """
+    import torch
+
+    merged = 0
+    for shard in shard_paths(model_path):
+        target = output / shard.name
+        shutil.copyfile(shard, target)
+        tensors = read_safetensors_header(target)
+        with target.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as mapped:
+            for name, tensor in tensors.items():
+                pair = pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+                if pair is None:
+                    continue
+                dtype = getattr(torch, _SAFETENSORS_FLOATS[tensor.dtype])
+                count = tensor.size // dtype.itemsize
+                weight = torch.frombuffer(mapped, dtype=dtype, count=count, offset=tensor.offset).view(tensor.shape)
+                weight.add_(pair.delta())
+                finite = bool(torch.isfinite(weight).all())
+                # A memory map cannot be closed while a tensor looks into it.
+                del weight
+                if not finite:
+                    raise ExportError(
+                        f"merging {name} gives numbers that are not finite",
+                        where=shard,
+                        remedy="The adapter is broken: train it again with a lower learning rate",
+                    )
+                merged += 1
+                on_tensor(merged)
+            mapped.flush()
+    return merged
