@@ -18,6 +18,54 @@ class Answer(BaseModel):
     adapter: str
 
 
+class ChampionRef(BaseModel):
+    """The reigning champion, to be compared on the same held-out records."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: str
+    adapter_path: Path
+    adapter_hash: str
+    # of the base model that it was trained on
+    base_fingerprint: str
+
+
+class ChampionComparison(BaseModel):
+    """The candidate against the reigning champion; `delta_vs_champion` is negative when the candidate is better."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: str
+    adapter_hash: str
+    champion_loss: float
+    delta_vs_champion: float
+    delta_ci95: tuple[float, float]
+
+
+class Group(BaseModel):
+    """Losses of one part of the held-out records: a format, a source, a range of lengths."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    records: int
+    tokens: int
+    base_loss: float
+    eval_loss: float
+
+
+class Worsened(BaseModel):
+    """A record that the adapter answers worse than the base; `line` counts from 1 in the held-out file."""
+
+    model_config = ConfigDict(frozen=True)
+
+    line: int
+    prompt: str
+    reference: str
+    base_loss: float
+    eval_loss: float
+
+
 class EvalReport(BaseModel):
     """Base against adapter on held-out data; losses in nats per token of the assistant's side."""
 
@@ -35,10 +83,25 @@ class EvalReport(BaseModel):
     delta_ci95: tuple[float, float]
     token_accuracy: float
     base_token_accuracy: float
+    # over the sampled answers whose reference is short
     exact_match: float | None
     base_exact_match: float | None
     records: int
     tokens: int
     seconds: float
     answers: list[Answer]
+    chrf: float | None = None
+    base_chrf: float | None = None
+    # what was compared, so that a decision can tell whether the report speaks of it
+    base_fingerprint: str = ""
+    adapter_hash: str = ""
+    dataset_sha256: str = ""
+    champion: ChampionComparison | None = None
+    by_format: list[Group] = []
+    by_source: list[Group] = []
+    by_length: list[Group] = []
+    worst: list[Worsened] = []
+    # records that were cut at max_length, and those of which nothing was left to score
+    truncated: int = 0
+    skipped: int = 0
     reused: bool = False

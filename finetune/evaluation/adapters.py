@@ -1,0 +1,101 @@
+"""A base model in memory, and adapters on it one after the other: one load serves them all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.base_model.models import BaseModelRef
+from finetune.errors import ArtifactError, BaseModelError
+from finetune.publishing import is_complete, read_manifest
+from finetune.registry.hashing import WEIGHTS_NAME, read_adapter_config
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from transformers import PreTrainedModel
+
+_REMEDY = "Train the adapter again, or evaluate it with the base model that it was trained on"
+
+
+def load_base(base_model: BaseModelRef) -> PreTrainedModel:
+    """The base model in evaluation mode: float32 on a CPU, its own precision on a GPU.
+
+    An adapter trained on a quantized base (QLoRA) is evaluated on the base in full precision too: that
+    is what it is merged into and served with.
+
+    Raises:
+        BaseModelError: the model is missing or damaged.
+    """
+    import torch
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM
+
+    gpu = torch.cuda.is_available()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            base_model.path, dtype="auto" if gpu else torch.float32, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise BaseModelError(
+            f"the base model {base_model.name} cannot be loaded: {error}",
+            where=base_model.path,
+            remedy="Delete the directory to have it made or downloaded again, or set BASE_MODEL_NAME to another model",
+        ) from error
+    return model.to("cuda" if gpu else "cpu").eval()
+
+
+def check_adapter(adapter_path: Path) -> None:
+    """Refuse an adapter that is incomplete or was altered since it was published.
+
+    Raises:
+        ArtifactError: files are missing, or differ from the manifest where there is one.
+    """
+    if is_complete(adapter_path):
+        read_manifest(adapter_path, verify="hashes")
+    read_adapter_config(adapter_path)
+    weights = adapter_path / WEIGHTS_NAME
+    if not weights.is_file():
+        raise ArtifactError(f"no adapter here: {WEIGHTS_NAME} is missing", where=adapter_path, remedy=_REMEDY)
+
+
+@contextmanager
+def attached(model: PreTrainedModel, adapter_path: Path) -> Iterator[Module]:
+    """The model with an adapter of any of PEFT's kinds; afterwards the model is as it was before.
+
+    PEFT only warns of tensors that it did not find, and stays silent about those that fit nowhere; here
+    both are errors, because such a model's scores would be the base's own.
+
+    Raises:
+        ArtifactError: the adapter is damaged or does not fit the base model.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError, safe_open
+
+    check_adapter(adapter_path)
+    try:
+        with safe_open(adapter_path / WEIGHTS_NAME, framework="pt") as weights:
+            found = set(weights.keys())
+        peft_model = PeftModel.from_pretrained(model, str(adapter_path)).eval()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"the adapter cannot be loaded: {error}", where=adapter_path, remedy=_REMEDY) from error
+    try:
+        expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+        missing = sorted(expected - found)
+        # Embeddings travel along when training has changed the vocabulary.
+        surplus = sorted(
+            name for name in found - expected if not name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        )
+        if missing or surplus:
+            fault = f"lacks {len(missing)} tensors such as {missing[0]}" if missing else f"has {surplus[0]} beside them"
+            raise ArtifactError(
+                f"the adapter does not fit the base model: of the tensors that it should hold it {fault}",
+                where=adapter_path,
+                remedy=_REMEDY,
+            )
+        yield peft_model
+    finally:
+        config = peft_model.active_peft_config
+        if not config.is_prompt_learning:
+            peft_model.base_model.unload()

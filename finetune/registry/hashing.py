@@ -1,0 +1,83 @@
+"""What makes two adapters the same: SHA-256 over weights and configuration in canonical order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ArtifactError
+from finetune.publishing import canonical_json
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "adapter_config.json"
+# Where the base model lay, not what the adapter is.
+_PLACES = ("base_model_name_or_path", "revision")
+_CHUNK = 1 << 20
+_REMEDY = "Train the adapter again, or restore its directory from a backup"
+
+
+def read_adapter_config(adapter_path: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of an adapter in PEFT's layout.
+
+    Raises:
+        ArtifactError: it is missing or is not a JSON object.
+    """
+    path = adapter_path / CONFIG_NAME
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ArtifactError("no adapter here: adapter_config.json is missing", where=path, remedy=_REMEDY) from error
+    except ValueError as error:
+        raise ArtifactError(f"unreadable adapter configuration: {error}", where=path, remedy=_REMEDY) from error
+    if not isinstance(config, dict):
+        raise ArtifactError("the adapter configuration is not a JSON object", where=path, remedy=_REMEDY)
+    return config
+
+
+def adapter_hash(adapter_path: Path) -> str:
+    """SHA-256 in hexadecimal of an adapter's tensors (by name) and configuration (sorted keys).
+
+    Neither the order of tensors in the file nor the place of the base model matters. Reads the
+    safetensors format itself (8 bytes of header length, JSON header, data), so no training library is
+    needed.
+
+    Raises:
+        ArtifactError: the weights or the configuration are missing or damaged.
+    """
+    digest = hashlib.sha256(canonical_json(_without_order(read_adapter_config(adapter_path))))
+    path = adapter_path / WEIGHTS_NAME
+    try:
+        with path.open("rb") as stream:
+            (header_length,) = struct.unpack("<Q", stream.read(8))
+            if header_length > path.stat().st_size - 8:
+                raise ValueError("its header reaches beyond its end")
+            tensors = json.loads(stream.read(header_length))
+            tensors.pop("__metadata__", None)
+            for name, tensor in sorted(tensors.items()):
+                begin, end = tensor["data_offsets"]
+                digest.update(canonical_json([name, tensor["dtype"], tensor["shape"]]))
+                stream.seek(8 + header_length + begin)
+                remaining = end - begin
+                while remaining:
+                    chunk = stream.read(min(_CHUNK, remaining))
+                    if not chunk:
+                        raise ValueError(f"it ends within the tensor {name}")
+                    digest.update(chunk)
+                    remaining -= len(chunk)
+    except FileNotFoundError as error:
+        raise ArtifactError(f"no adapter here: {WEIGHTS_NAME} is missing", where=path, remedy=_REMEDY) from error
+    except (ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        raise ArtifactError(f"the adapter's weights are damaged: {error}", where=path, remedy=_REMEDY) from error
+    return digest.hexdigest()
+
+
+def _without_order(config: dict[str, Any]) -> dict[str, Any]:
+    # PEFT writes sets of module names, whose order changes from run to run.
+    return {
+        key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
+        for key, value in config.items()
+        if key not in _PLACES
+    }
