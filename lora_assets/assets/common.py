@@ -1,0 +1,58 @@
+"""What all assets share: owners, the progress log, pictures."""
+
+import base64
+import time
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from finetune.progress import Progress, ProgressEvent
+from lora_assets.partitions import dataset_dates
+from lora_assets.settings import load_settings
+
+SETTINGS = load_settings()
+PREFIX = SETTINGS.pipeline_name
+OWNERS = ["team:ml-platform"]
+SECONDS_BETWEEN_REPORTS = 2.0
+
+# What every asset's decorator takes.
+COMMON: dict[str, Any] = {"key_prefix": PREFIX, "partitions_def": dataset_dates, "owners": OWNERS}
+
+
+def key(name: str) -> dg.AssetKey:
+    """The key of one of the pipeline's assets."""
+    return dg.AssetKey([PREFIX, name])
+
+
+def log_progress(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Progress:
+    """A listener that writes to the run's log: first and last report of a stage, else one every 2 seconds."""
+    last: dict[str, float] = {}
+
+    def report(event: ProgressEvent) -> None:
+        now = time.monotonic()
+        if (
+            event.done == event.total
+            or now - last.get(event.stage, -SECONDS_BETWEEN_REPORTS) >= SECONDS_BETWEEN_REPORTS
+        ):
+            last[event.stage] = now
+            context.log.info(str(event))
+
+    return report
+
+
+def picture(png: bytes) -> dg.MarkdownMetadataValue:
+    """A PNG that the UI shows inline."""
+    return dg.MetadataValue.md(f"![](data:image/png;base64,{base64.b64encode(png).decode()})")
+
+
+def path(value: Path) -> dg.PathMetadataValue:
+    """A path that the UI offers to copy."""
+    return dg.MetadataValue.path(str(value))
+
+
+def table(rows: list[dict[str, str | int | float | bool | None]]) -> dg.TableMetadataValue:
+    """A table; a value that is None shows as empty."""
+    return dg.MetadataValue.table(
+        [dg.TableRecord({name: "" if value is None else value for name, value in row.items()}) for row in rows]
+    )

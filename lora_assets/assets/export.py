@@ -1,0 +1,199 @@
+"""From a promoted adapter to what servers load."""
+
+import dagster as dg
+from pydantic import Field
+
+from finetune.dataset.models import PreparedDataset
+from finetune.export.models import GgufExport, LmStudioExport, MergedModel, OllamaExport
+from finetune.registry.models import RegisteredVersion
+from lora_assets.assets.common import COMMON, SETTINGS, log_progress, path, table
+from resources.artifact_store import ArtifactStore
+from resources.base_model import BaseModelSource
+from resources.ollama import OllamaServer
+
+VALIDATION_PROMPTS = 8
+
+
+class MergeConfig(dg.Config):
+    """How base and adapter become one model."""
+
+    output_format: str = Field("safetensors", description="safetensors, or pytorch for legacy .bin files.")
+    validate_after_merge: bool = Field(True, description="Compare logits and greedy tokens with base + adapter.")
+
+
+@dg.asset(
+    **COMMON,
+    group_name="export",
+    kinds={"pytorch", "huggingface"},
+    code_version="1",
+    description="Base + adapter as one model in Hugging Face's layout, for transformers and vLLM.",
+)
+def merged_model(
+    context: dg.AssetExecutionContext,
+    config: MergeConfig,
+    promoted_adapter: RegisteredVersion,
+    merged_dataset: PreparedDataset,
+    base_model: BaseModelSource,
+    store: ArtifactStore,
+) -> dg.MaterializeResult[MergedModel]:
+    """Merge tensor by tensor, and compare with base + adapter on held-out prompts."""
+    from finetune.dataset.inspect import held_out_prompts
+    from finetune.export.merge import merge_adapter
+
+    prompts = held_out_prompts(merged_dataset.eval_path, VALIDATION_PROMPTS)
+    merged = merge_adapter(
+        base_model=base_model.resolve(log_progress(context)),
+        adapter_path=promoted_adapter.stored_path,
+        output_dir=store.layout.model(promoted_adapter.run_id, "merged"),
+        run_id=promoted_adapter.run_id,
+        output_format=config.output_format,
+        validate_on=prompts if config.validate_after_merge else None,
+        on_progress=log_progress(context),
+    )
+    return dg.MaterializeResult(
+        value=merged,
+        metadata={
+            "path": path(merged.path),
+            "merged_tensors": merged.merged_tensors,
+            "total_parameters": merged.total_parameters,
+            "size": merged.size,
+            "seconds": merged.seconds,
+            "max_logit_difference": "not validated"
+            if merged.max_logit_difference is None
+            else merged.max_logit_difference,
+            "greedy_tokens_equal": str(merged.greedy_tokens_equal),
+            "reused": merged.reused,
+        },
+    )
+
+
+class GgufConfig(dg.Config):
+    """Which GGUF is served."""
+
+    quantization: str = Field(SETTINGS.gguf_quantization, description="llama.cpp's name of the type, as Q4_K_M.")
+
+
+@dg.asset(
+    **COMMON,
+    group_name="export",
+    kinds={"gguf", "llamacpp"},
+    code_version="1",
+    description="Merged model, base model and adapter as GGUF, each verified by a llama.cpp runtime.",
+)
+def gguf(
+    context: dg.AssetExecutionContext,
+    config: GgufConfig,
+    merged_model: MergedModel,
+    promoted_adapter: RegisteredVersion,
+    merged_dataset: PreparedDataset,
+    base_model: BaseModelSource,
+    store: ArtifactStore,
+) -> dg.MaterializeResult[GgufExport]:
+    """Convert, quantize, load with a runtime and compare its answers."""
+    from finetune.dataset.inspect import held_out_prompts
+    from finetune.export.gguf import export_gguf
+
+    export = export_gguf(
+        merged=merged_model,
+        base_model=base_model.resolve(log_progress(context)),
+        adapter_path=promoted_adapter.stored_path,
+        output_dir=store.layout.model(promoted_adapter.run_id, "gguf"),
+        run_id=promoted_adapter.run_id,
+        quantization=config.quantization,
+        base_cache=store.layout.base_models / "gguf",
+        prompts=held_out_prompts(merged_dataset.eval_path, VALIDATION_PROMPTS),
+        on_progress=log_progress(context),
+    )
+    check = export.verification
+    return dg.MaterializeResult(
+        value=export,
+        metadata={
+            "path": path(export.path),
+            "quantized": path(export.quantized.path),
+            "sha256": export.quantized.sha256,
+            "files": table(
+                [
+                    {"file": file.path.name, "type": file.quantization, "bytes": file.size, "sha256": file.sha256}
+                    for file in (export.full, export.quantized, export.base, export.adapter)
+                ]
+            ),
+            "tokenization_equal": check.tokenization_equal,
+            "greedy_agreement": table(
+                [{"file": name, "share": share} for name, share in check.greedy_agreement.items()]
+            ),
+            "question": check.sample_question,
+            "answer": check.sample_answer,
+            "base_answer": check.base_answer,
+            "seconds": export.seconds,
+            "reused": export.reused,
+        },
+    )
+
+
+@dg.asset(
+    **COMMON,
+    group_name="export",
+    kinds={"ollama"},
+    code_version="1",
+    description="Modelfile (base + adapter) and Modelfile.merged; with OLLAMA_HOST set, the model on that server.",
+)
+def modelfile(
+    context: dg.AssetExecutionContext,
+    gguf: GgufExport,
+    base_model: BaseModelSource,
+    store: ArtifactStore,
+    ollama: OllamaServer,
+) -> dg.MaterializeResult[OllamaExport]:
+    """Write both Modelfiles, and create the model where a server is set."""
+    from finetune.export.modelfile import write_modelfiles
+
+    export = write_modelfiles(
+        gguf=gguf,
+        base_model=base_model.resolve(log_progress(context), weights=False),
+        output_dir=store.layout.model(gguf.run_id, "ollama"),
+        run_id=gguf.run_id,
+    )
+    if ollama.host:
+        name = ollama.create_from(export, name=f"{SETTINGS.ollama_model_name}:{gguf.run_id}")
+        export = export.model_copy(update={"created_model": name})
+    return dg.MaterializeResult(
+        value=export,
+        metadata={
+            "path": path(export.path),
+            "modelfile": dg.MetadataValue.md(f"```\n{export.modelfile.read_text(encoding='utf-8')}\n```"),
+            "modelfile_merged": path(export.modelfile_merged),
+            "created_model": export.created_model or "no OLLAMA_HOST",
+            "reused": export.reused,
+        },
+    )
+
+
+@dg.asset(
+    **COMMON,
+    group_name="export",
+    kinds={"lmstudio"},
+    code_version="1",
+    description="LM Studio's folder layout with the quantized GGUF, and lmstudio_config.json.",
+)
+def lmstudio_export(
+    context: dg.AssetExecutionContext, gguf: GgufExport, base_model: BaseModelSource, store: ArtifactStore
+) -> dg.MaterializeResult[LmStudioExport]:
+    """Lay the merged GGUF out as LM Studio expects it."""
+    from finetune.export.lmstudio import export_lmstudio
+
+    export = export_lmstudio(
+        gguf=gguf,
+        base_model=base_model.resolve(log_progress(context), weights=False),
+        output_dir=store.layout.model(gguf.run_id, "lmstudio"),
+        run_id=gguf.run_id,
+        publisher=SETTINGS.lmstudio_publisher,
+    )
+    return dg.MaterializeResult(
+        value=export,
+        metadata={
+            "path": path(export.path),
+            "gguf": path(export.gguf),
+            "lmstudio_config": path(export.config),
+            "reused": export.reused,
+        },
+    )

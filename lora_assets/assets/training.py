@@ -1,0 +1,276 @@
+"""From a profile to a plan, an adapter, its evaluation and its version."""
+
+from collections.abc import Iterator
+
+import dagster as dg
+from pydantic import Field
+
+from finetune.dataset.models import DatasetProfile, PreparedDataset
+from finetune.evaluation.models import EvalReport
+from finetune.planning.models import TrainingPlan
+from finetune.planning.plan import PlanOverrides, make_plan
+from finetune.registry.models import RegisteredVersion
+from finetune.training.identity import training_run_id
+from finetune.training.models import TrainingRequest, TrainingResult
+from lora_assets.assets.common import COMMON, OWNERS, PREFIX, SETTINGS, key, log_progress, path, picture, table
+from lora_assets.partitions import dataset_dates
+from resources.artifact_store import ArtifactStore
+from resources.base_model import BaseModelSource
+from resources.run_log import RunLog
+from resources.trainer import LoraTrainer
+
+
+class PlanConfig(dg.Config):
+    """What the plan may not choose; what is left out, it chooses. The defaults are the environment's."""
+
+    method: str = Field(SETTINGS.training_method, description="lora, qlora (4-bit base), prefix or ia3.")
+    task: str = Field(SETTINGS.training_task, description="instruction, domain, chat or style.")
+    lora_rank: int | None = Field(SETTINGS.lora_rank, description="Rank of the adapter.")
+    epochs: float | None = Field(SETTINGS.train_epochs, description="Passes over the data.")
+    learning_rate: float | None = Field(SETTINGS.learning_rate, description="Peak learning rate.")
+    max_length: int | None = Field(SETTINGS.max_length, description="Tokens per record.")
+    micro_batch: int | None = Field(SETTINGS.micro_batch, description="Records per forward pass.")
+    accumulation: int | None = Field(SETTINGS.accumulation, description="Forward passes per optimizer step.")
+    vram_limit_gb: float | None = Field(SETTINGS.vram_limit_gb, description="Memory of the card in GB.")
+    seed: int = Field(SETTINGS.seed, description="Seed of everything random.")
+
+
+@dg.asset(
+    **COMMON,
+    group_name="training",
+    kinds={"python"},
+    code_version="1",
+    description="Trial configuration, search space and memory estimate, each choice with its reason.",
+)
+def training_plan(
+    context: dg.AssetExecutionContext, config: PlanConfig, dataset_profile: DatasetProfile, base_model: BaseModelSource
+) -> dg.MaterializeResult[TrainingPlan]:
+    """Choose what the configuration leaves open, and say why."""
+    overrides = PlanOverrides.model_validate(config.model_dump(exclude={"method", "task", "vram_limit_gb"}))
+    plan = make_plan(
+        base_model.resolve(log_progress(context), weights=False).path,
+        dataset_profile,
+        task=config.task,
+        method=config.method,
+        overrides=overrides,
+        vram_limit_gb=config.vram_limit_gb,
+    )
+    trial, memory = plan.trial_config, plan.memory_estimate
+    return dg.MaterializeResult(
+        value=plan,
+        data_version=dg.DataVersion(trial.trial_id),
+        metadata={
+            "trial_id": trial.trial_id,
+            "trial_config": dg.MetadataValue.json(trial.model_dump()),
+            "search_space": dg.MetadataValue.json({name: r.model_dump() for name, r in plan.search_space.items()}),
+            "vram_gb": memory.vram_gb,
+            "fits": "unknown: no VRAM_LIMIT_GB" if memory.fits is None else str(memory.fits),
+            "model_params": memory.model_params,
+            "trainable_params": memory.trainable_params,
+            "memory_parts": table([{"part": name, "gb": value} for name, value in memory.parts.items()]),
+            "estimated_steps": plan.estimated_steps,
+            "why": dg.MetadataValue.md("\n".join(f"- {line}" for line in plan.explanations)),
+        },
+    )
+
+
+@dg.asset(
+    **COMMON,
+    group_name="training",
+    kinds={"pytorch", "huggingface"},
+    code_version="1",
+    retry_policy=dg.RetryPolicy(max_retries=2, delay=10),
+    pool="gpu",
+    description="The LoRA adapter with its model card, loss curve and training log; trained here with PEFT or "
+    "delegated to H2O LLM Studio, by TRAINING_BACKEND.",
+)
+def adapter(
+    context: dg.AssetExecutionContext,
+    merged_dataset: PreparedDataset,
+    training_plan: TrainingPlan,
+    base_model: BaseModelSource,
+    trainer: LoraTrainer,
+    store: ArtifactStore,
+    run_log: RunLog,
+) -> dg.MaterializeResult[TrainingResult]:
+    """Train, or take the adapter that this very training made before."""
+    from finetune.training.plots import loss_curve_png
+
+    report = log_progress(context)
+    base = base_model.resolve(report)
+    run_id = training_run_id(
+        date=context.partition_key,
+        dataset_fingerprint=merged_dataset.fingerprint,
+        trial=training_plan.trial_config,
+        base_model=base,
+        backend=trainer.backend,
+    )
+    request = TrainingRequest(
+        run_id=run_id,
+        date=context.partition_key,
+        dataset=merged_dataset,
+        plan=training_plan,
+        base_model=base,
+        adapter_dir=store.layout.adapter(run_id),
+        work_dir=store.layout.work(run_id),
+    )
+    result = run_log.logged_training(trainer, request, dagster_run_id=context.run.run_id, on_progress=report)
+    return dg.MaterializeResult(
+        value=result,
+        data_version=dg.DataVersion(result.adapter_hash or run_id),
+        metadata={
+            "path": path(request.adapter_dir),
+            "run_id": run_id,
+            "status": result.status,
+            "adapter_path": path(request.adapter_dir),
+            "adapter_hash": result.adapter_hash or "",
+            "backend": result.backend,
+            "training_steps": result.training_steps,
+            "final_loss": result.final_loss or 0.0,
+            "gpu_hours": result.gpu_hours,
+            "seconds": result.seconds,
+            "tokens_seen": result.tokens_seen or 0,
+            "tokens_per_second": result.tokens_per_second or 0.0,
+            "peak_memory_gb": result.peak_memory_gb or 0.0,
+            "base_model": base.name,
+            "base_model_fingerprint": base.fingerprint,
+            "loss_curve": picture(loss_curve_png(result.loss_curve)),
+            "reused": result.reused,
+        },
+    )
+
+
+@dg.asset(
+    **COMMON,
+    group_name="training",
+    kinds={"pytorch", "html"},
+    code_version="1",
+    pool="gpu",
+    description="Base against adapter, and against the reigning champion, on held-out data: JSON, HTML and plots.",
+)
+def eval_report(
+    context: dg.AssetExecutionContext,
+    adapter: TrainingResult,
+    merged_dataset: PreparedDataset,
+    training_plan: TrainingPlan,
+    base_model: BaseModelSource,
+    store: ArtifactStore,
+) -> dg.MaterializeResult[EvalReport]:
+    """Evaluate on the prompts that training never saw."""
+    from finetune.evaluation.evaluate import evaluate_adapter
+    from finetune.evaluation.plots import loss_comparison_png
+    from finetune.registry.store import champion_ref
+
+    report = evaluate_adapter(
+        base_model=base_model.resolve(log_progress(context)),
+        adapter_path=store.layout.adapter(adapter.run_id),
+        dataset=merged_dataset.eval_path,
+        output_dir=store.layout.model(adapter.run_id, "evaluation"),
+        run_id=adapter.run_id,
+        champion=champion_ref(store.layout.registry),
+        max_length=training_plan.trial_config.max_length,
+        on_progress=log_progress(context),
+    )
+    low, high = report.delta_ci95
+    return dg.MaterializeResult(
+        value=report,
+        metadata={
+            "path": path(report.path),
+            "report": path(report.path / "report.html"),
+            "eval_loss": report.eval_loss,
+            "eval_perplexity": report.eval_perplexity,
+            "base_loss": report.base_loss,
+            "delta_vs_base_loss": report.delta_vs_base_loss,
+            "delta_ci95": f"{low:.4f} to {high:.4f}",
+            "token_accuracy": report.token_accuracy,
+            "base_token_accuracy": report.base_token_accuracy,
+            "exact_match": report.exact_match or 0.0,
+            "base_exact_match": report.base_exact_match or 0.0,
+            "records": report.records,
+            "answers": table([answer.model_dump() for answer in report.answers]),
+            "comparison": picture(loss_comparison_png(report)),
+            "reused": report.reused,
+        },
+    )
+
+
+class PromotionConfig(dg.Config):
+    """Who becomes champion."""
+
+    promote: bool = Field(False, description="Promote this version even if it does not beat the champion.")
+
+
+@dg.multi_asset(
+    outs={
+        "registered_adapter": dg.AssetOut(
+            key_prefix=PREFIX,
+            dagster_type=RegisteredVersion,
+            description="Version vN of the adapter with its SHA-256, lineage and manifest; champion or challenger.",
+            kinds={"python"},
+            owners=OWNERS,
+            group_name="training",
+            code_version="1",
+        ),
+        "promoted_adapter": dg.AssetOut(
+            key_prefix=PREFIX,
+            dagster_type=RegisteredVersion,
+            is_required=False,
+            description="The version that is exported: exists only for a champion, or one promoted by hand.",
+            kinds={"python"},
+            owners=OWNERS,
+            group_name="training",
+            code_version="1",
+        ),
+    },
+    ins={name: dg.AssetIn(key=key(name)) for name in ("adapter", "eval_report", "merged_dataset", "training_plan")},
+    partitions_def=dataset_dates,
+    can_subset=False,
+)
+def registered_adapter(
+    context: dg.AssetExecutionContext,
+    config: PromotionConfig,
+    adapter: TrainingResult,
+    eval_report: EvalReport,
+    merged_dataset: PreparedDataset,
+    training_plan: TrainingPlan,
+    store: ArtifactStore,
+    base_model: BaseModelSource,
+) -> Iterator[dg.MaterializeResult[RegisteredVersion]]:
+    """Give the adapter its version; hand it on only if it is, or is made, champion."""
+    from finetune.registry.promotion import register_and_decide
+
+    base = base_model.resolve(log_progress(context), weights=False)
+    version = register_and_decide(
+        store.layout.registry,
+        adapter_path=store.layout.adapter(adapter.run_id),
+        training=adapter,
+        report=eval_report,
+        promote=config.promote,
+        lineage={
+            "date": context.partition_key,
+            "dataset_fingerprint": merged_dataset.fingerprint,
+            "plan": training_plan.trial_config.model_dump(),
+            "base_model": base.name,
+            "base_model_fingerprint": base.fingerprint,
+            "recipe": SETTINGS.recipe,
+        },
+    )
+    context.log.info(f"{version.version} is {version.status}: {version.reason}")
+    metadata = {
+        "version": version.version,
+        "status": version.status,
+        "reason": version.reason,
+        "adapter_hash": version.adapter_hash,
+        "stored_path": path(version.stored_path),
+        "metrics": dg.MetadataValue.json(dict(version.metrics)),
+    }
+    data_version = dg.DataVersion(version.adapter_hash)
+    yield dg.MaterializeResult(
+        asset_key=key("registered_adapter"), value=version, metadata=metadata, data_version=data_version
+    )
+    if version.status == "champion":
+        yield dg.MaterializeResult(
+            asset_key=key("promoted_adapter"), value=version, metadata=metadata, data_version=data_version
+        )
+    else:
+        context.log.info(f"exports are skipped: {version.reason}")

@@ -1,0 +1,26 @@
+"""`lora-assets`: the Job/CronJob entry point, the demo, and tools."""
+
+from __future__ import annotations
+
+import typer
+
+from lora_assets.cli import run, show
+
+app = typer.Typer(
+    name="lora-assets",
+    help="Turns a directory of JSONL exports into a fine-tuned, evaluated, versioned and servable model.",
+    no_args_is_help=True,
+    pretty_exceptions_show_locals=False,
+)
+app.command(epilog="Example: lora-assets run --latest --dry-run")(run.run)
+app.command(epilog="Example: lora-assets config --json")(show.config)
+app.command(epilog="Example: lora-assets runs --limit 5 --json")(show.runs)
+
+
+def main() -> None:
+    """The console script."""
+    from dotenv import load_dotenv
+
+    # Secrets reach Dagster's resources by the name of their variable, so `.env` must be in the environment.
+    load_dotenv(".env")
+    app()

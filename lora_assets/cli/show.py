@@ -1,0 +1,70 @@
+"""`lora-assets config` and `lora-assets runs`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lora_assets.cli.console import Json, plain_errors, print_json, print_table
+
+
+@plain_errors
+def config(as_json: Json = False) -> None:
+    """Print the configuration in force and where each value came from; secrets are masked."""
+    from lora_assets.settings import is_secret, load_settings, sources
+
+    settings = load_settings()
+    origin = sources(settings)
+    rows = []
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        shown = "********" if value is not None and is_secret(field) else value
+        rows.append({"variable": name.upper(), "value": shown, "source": origin[name], "meaning": field.description})
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        None,
+        ["variable", "value", "source", "meaning"],
+        [[r["variable"], "" if r["value"] is None else str(r["value"]), r["source"], r["meaning"] or ""] for r in rows],
+    )
+
+
+@plain_errors
+def runs(
+    limit: Annotated[int, typer.Option(min=1, help="How many, newest first.")] = 20,
+    as_json: Json = False,
+) -> None:
+    """Show the run log: every training with its backend, status and main figures."""
+    from lora_assets.settings import load_settings
+    from resources.run_log import RunLog
+
+    settings = load_settings()
+    url = settings.database_url.get_secret_value() if settings.database_url else ""
+    log = RunLog(database_url=url, data_dir=str(settings.data_root))
+    try:
+        rows = log.recent(limit)
+    finally:
+        log.close()
+    if as_json:
+        print_json([row.model_dump(mode="json") | {"backend_label": row.backend_label} for row in rows])
+        return
+    print_table(
+        None,
+        ["id", "date", "status", "backend", "base model", "started", "time", "figures", "adapter or error"],
+        [
+            [
+                str(row.id),
+                row.dataset_date or "",
+                row.status,
+                row.backend_label,
+                row.base_model,
+                f"{row.started_at:%Y-%m-%d %H:%M:%S}",
+                "" if row.seconds is None else f"{row.seconds:.0f} s",
+                ", ".join(f"{k} {v:.4g}" for k, v in row.metrics.items() if isinstance(v, int | float)),
+                row.error_message or row.adapter_path or "",
+            ]
+            for row in rows
+        ],
+    )

@@ -1,0 +1,95 @@
+"""The composition root: what exists, how it is made, when it runs."""
+
+import dagster as dg
+
+from lora_assets.assets import dataset, export, training
+from lora_assets.checks import ALL_CHECKS
+from lora_assets.jobs import train_and_export
+from lora_assets.partitions import dataset_dates
+from lora_assets.settings import Settings, load_settings, on_kubernetes
+from resources.artifact_store import ArtifactStore, ValueStore
+from resources.base_model import BaseModelSource
+from resources.ollama import OllamaServer
+from resources.run_log import RunLog
+from resources.trainer import LoraTrainer
+from sensors.export_arrival import build_export_arrival_sensor
+from sensors.run_failure import build_run_log_sensor
+
+
+def secret(variable: str, value: object) -> str | None:
+    """A reference to an environment variable, so that Dagster shows its name and never its value."""
+    return dg.EnvVar(variable) if value else None
+
+
+def build_trainer(settings: Settings) -> LoraTrainer:
+    """The trainer that TRAINING_BACKEND names."""
+    if settings.training_backend == "h2o":
+        from resources.h2o_trainer import H2OTrainer
+
+        return H2OTrainer(api_url=settings.h2o_api_url, api_key=secret("H2O_API_KEY", settings.h2o_api_key))
+    from resources.peft_trainer import PeftTrainer
+
+    return PeftTrainer()
+
+
+def build_executor() -> dg.ExecutorDefinition:
+    """A pod per step on Kubernetes, else a process per step."""
+    if on_kubernetes():
+        from dagster_k8s import k8s_job_executor
+
+        return k8s_job_executor
+    # A fork server that has Dagster loaded starts a step in a fraction of the time.
+    return dg.multiprocess_executor.configured({"start_method": {"forkserver": {"preload_modules": ["dagster"]}}})
+
+
+def build_definitions(settings: Settings) -> dg.Definitions:
+    """Everything that Dagster shows and runs."""
+    layout = settings.layout
+    return dg.Definitions(
+        assets=[
+            dataset.brain_exports,
+            dataset.merged_dataset,
+            dataset.dataset_profile,
+            training.training_plan,
+            training.adapter,
+            training.eval_report,
+            training.registered_adapter,
+            export.merged_model,
+            export.gguf,
+            *([export.modelfile] if "ollama" in settings.targets else []),
+            *([export.lmstudio_export] if "lmstudio" in settings.targets else []),
+        ],
+        asset_checks=ALL_CHECKS,
+        jobs=[train_and_export],
+        sensors=[
+            build_export_arrival_sensor(
+                job=train_and_export,
+                partitions=dataset_dates,
+                exports=dataset.brain_exports.key,
+                directory=settings.exports,
+                pattern=settings.pattern,
+                interval_seconds=settings.sensor_interval_seconds,
+            ),
+            build_run_log_sensor(),
+        ],
+        resources={
+            "io_manager": ValueStore(directory=str(layout.asset_values)),
+            "store": ArtifactStore(data_root=str(layout.root), pipeline=layout.pipeline),
+            "base_model": BaseModelSource(
+                name=settings.base_model_name,
+                revision=settings.base_model_revision,
+                cache_dir=str(layout.base_models),
+                token=secret("HF_TOKEN", settings.hf_token),
+                trust_remote_code=settings.trust_remote_code,
+            ),
+            "trainer": build_trainer(settings),
+            "run_log": RunLog(
+                database_url=secret("DATABASE_URL", settings.database_url), data_dir=str(layout.postgres)
+            ),
+            "ollama": OllamaServer(host=settings.ollama_host),
+        },
+        executor=build_executor(),
+    )
+
+
+defs = build_definitions(load_settings())

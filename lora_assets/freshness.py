@@ -1,0 +1,103 @@
+"""Which dataset dates must be made, and why: read from disk alone, so that a dry run changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from finetune.dataset.discovery import ExportFile, stat_fingerprint, window_of
+from finetune.dataset.models import PreparedDataset
+from finetune.export.models import LmStudioExport, OllamaExport
+from finetune.publishing import is_complete
+from finetune.registry.models import RegisteredVersion
+from lora_assets.settings import Settings
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class DateState(BaseModel):
+    """What is to be done for one dataset date.
+
+    ``missing``: never made whole. ``stale``: made from other inputs or settings. ``current``: nothing to do.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    date: str
+    state: Literal["missing", "stale", "current"]
+    reason: str
+    files: int
+    size: int
+
+
+def date_states(settings: Settings, files: Sequence[ExportFile]) -> list[DateState]:
+    """The state of each date that has exports, oldest first; `files` as `discover_exports` returns them."""
+    return [_state(settings, files, date) for date in sorted({file.date for file in files})]
+
+
+def choose_dates(states: Sequence[DateState], *, every: bool = False, latest: bool = False) -> list[str]:
+    """The dates to make, oldest first.
+
+    Args:
+        states: of all dates, oldest first.
+        every: all that are missing or stale; else all that are missing, and of the stale ones the newest,
+            since it covers what changed before it.
+        latest: only the newest date, and only if it is not current.
+    """
+    if latest:
+        states = states[-1:]
+    missing = [state.date for state in states if state.state == "missing"]
+    stale = [state.date for state in states if state.state == "stale"]
+    return sorted(missing + (stale if every else stale[-1:]))
+
+
+def _state(settings: Settings, files: Sequence[ExportFile], date: str) -> DateState:
+    own = [file for file in files if file.date == date]
+    state, reason = _judge(settings, files, date)
+    return DateState(date=date, state=state, reason=reason, files=len(own), size=sum(file.size for file in own))
+
+
+def _judge(
+    settings: Settings, files: Sequence[ExportFile], date: str
+) -> tuple[Literal["missing", "stale", "current"], str]:
+    prepared = read_value(settings, "merged_dataset", date, PreparedDataset)
+    version = read_value(settings, "registered_adapter", date, RegisteredVersion)
+    if prepared is None:
+        return "missing", "never prepared"
+    if version is None:
+        return "missing", "prepared, but not trained to the end"
+    if prepared.stat_fingerprint != stat_fingerprint(window_of(files, date, settings.dataset_window)):
+        return "stale", "exports of its window were added or changed"
+    if not is_complete(prepared.path) or version.lineage.get("dataset_fingerprint") != prepared.fingerprint:
+        return "stale", "its adapter was trained on another dataset"
+    if version.lineage.get("recipe") != settings.recipe:
+        return "stale", "settings of the training changed"
+    promoted = read_value(settings, "promoted_adapter", date, RegisteredVersion)
+    if promoted is not None and promoted.run_id == version.run_id:
+        missing = [name for name, path in _exports(settings, date, version.run_id) if path is None]
+        if missing:
+            return "stale", f"promoted, but not exported: {', '.join(missing)}"
+    return "current", f"{version.version}, {version.status}"
+
+
+def _exports(settings: Settings, date: str, run_id: str) -> list[tuple[str, Path | None]]:
+    kinds = {"ollama": ("modelfile", OllamaExport), "lmstudio": ("lmstudio_export", LmStudioExport)}
+    found: list[tuple[str, Path | None]] = []
+    for target in settings.targets:
+        name, model = kinds[target]
+        value = read_value(settings, name, date, model)
+        path = settings.layout.model(run_id, target)
+        found.append((name, path if value is not None and value.path == path and is_complete(path) else None))
+    return found
+
+
+def read_value(settings: Settings, asset: str, date: str, model: type[Model]) -> Model | None:
+    """What an asset returned for a date, or None if it never did or the value's format has changed since."""
+    path = settings.layout.asset_values / settings.pipeline_name / asset / f"{date}.json"
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except (FileNotFoundError, ValidationError):
+        return None

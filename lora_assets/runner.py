@@ -1,0 +1,144 @@
+"""Runs the whole graph of a dataset date in this process, on a Dagster instance that the UI can open."""
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import dagster as dg
+from pydantic import BaseModel, ConfigDict
+
+from lora_assets.settings import Settings
+
+DAGSTER_YAML = Path(__file__).with_name("dagster.yaml")
+
+
+class StepOutcome(BaseModel):
+    """How one asset of a run ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    asset: str
+    seconds: float
+    figures: dict[str, Any]
+
+
+class DateOutcome(BaseModel):
+    """How the run of one date ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    date: str
+    status: Literal["SUCCESS", "FAILURE"]
+    dagster_run_id: str
+    seconds: float
+    steps: list[StepOutcome]
+    failed_checks: list[str]
+    error: str | None
+
+
+def dagster_home(settings: Settings) -> Path:
+    """DAGSTER_HOME, or a folder under the data root that gets the settings for one machine."""
+    configured = os.environ.get("DAGSTER_HOME")
+    if configured:
+        return Path(configured)
+    home = settings.data_root / "dagster"
+    home.mkdir(parents=True, exist_ok=True)
+    target = home / "dagster.yaml"
+    if not target.exists():
+        target.write_bytes(DAGSTER_YAML.read_bytes())
+    os.environ["DAGSTER_HOME"] = str(home)
+    return home
+
+
+@dg.logger(description="One short line for each message of an asset: time, date, asset, message.")
+def console(init_context: dg.InitLoggerContext) -> logging.Logger:
+    """The log of `lora-assets run`; Dagster's own events stay in the UI."""
+    logger = logging.Logger("lora_assets.console", logging.INFO)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_ShortLine("%(asctime)s %(where)-38s %(text)s", "%H:%M:%S"))
+    handler.addFilter(lambda record: "dagster_event" not in _meta(record))
+    logger.addHandler(handler)
+    return logger
+
+
+class _ShortLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        meta = _meta(record)
+        record.where = str(meta.get("step_key") or meta.get("job_name") or "")
+        record.text = meta.get("orig_message", record.getMessage())
+        return super().format(record)
+
+
+def _meta(record: logging.LogRecord) -> Mapping[str, Any]:
+    meta: Mapping[str, Any] = getattr(record, "dagster_meta", {})
+    return {name: value for name, value in meta.items() if value is not None}
+
+
+def run_date(
+    settings: Settings, date: str, *, on_step: Callable[[StepOutcome], None] = lambda step: None
+) -> DateOutcome:
+    """Materialize the whole graph of one date.
+
+    Args:
+        settings: in force.
+        date: the dataset date; its partition is added if need be.
+        on_step: told of each asset when it is there.
+    """
+    dagster_home(settings)
+    from lora_assets.definitions import defs
+    from lora_assets.jobs import train_and_export
+    from lora_assets.partitions import dataset_dates
+
+    started = time.monotonic()
+    with dg.DagsterInstance.get() as instance:
+        instance.add_dynamic_partitions(str(dataset_dates.name), [date])
+        job = defs.resolve_job_def(train_and_export.name)
+        result = job.execute_in_process(
+            instance=instance,
+            partition_key=date,
+            raise_on_error=False,
+            run_config={"loggers": {"console": {}}},
+        )
+        outcome = _outcome(date, result.success, result.run_id, result.all_events, time.monotonic() - started)
+    for step in outcome.steps:
+        on_step(step)
+    return outcome
+
+
+def _outcome(date: str, success: bool, run_id: str, events: Sequence[dg.DagsterEvent], seconds: float) -> DateOutcome:
+    durations = {
+        event.step_key: event.step_success_data.duration_ms / 1000 for event in events if event.is_step_success
+    }
+    steps = [
+        StepOutcome(
+            asset=materialization.asset_key.path[-1],
+            seconds=durations.get(event.step_key, 0.0),
+            figures={name: value.value for name, value in materialization.metadata.items()},
+        )
+        for event in events
+        if event.is_step_materialization
+        for materialization in [event.step_materialization_data.materialization]
+    ]
+    checks = [
+        event.asset_check_evaluation_data
+        for event in events
+        if event.event_type == dg.DagsterEventType.ASSET_CHECK_EVALUATION
+    ]
+    failed = [f"{check.check_name}: {check.description}" for check in checks if not check.passed]
+    errors = [
+        f"{event.step_key}: {event.step_failure_data.error_display_string.strip().splitlines()[0]}"
+        for event in events
+        if event.is_step_failure and event.step_failure_data.error
+    ]
+    return DateOutcome(
+        date=date,
+        status="SUCCESS" if success else "FAILURE",
+        dagster_run_id=run_id,
+        seconds=seconds,
+        steps=steps,
+        failed_checks=failed,
+        error=None if success else "; ".join(errors or failed or ["the run failed; see the Dagster UI"]),
+    )

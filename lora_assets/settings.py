@@ -1,0 +1,219 @@
+"""The environment, typed: the only reader of it in the code location."""
+
+from __future__ import annotations
+
+import os
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from finetune.dataset.prepare import PrepareParameters
+from finetune.errors import ConfigurationError
+from finetune.layout import DataLayout
+from finetune.planning.models import Method, Task
+from finetune.publishing import sha256_json
+
+ExportTarget = Literal["ollama", "lmstudio"]
+Quantization = Literal["F16", "BF16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"]
+
+ENV_FILE = ".env"
+
+
+def on_kubernetes() -> bool:
+    """Whether this process runs in a pod (Kubernetes sets the variable in every container)."""
+    return "KUBERNETES_SERVICE_HOST" in os.environ
+
+
+def _default_data_root() -> Path:
+    return Path("/data") if on_kubernetes() else Path("data")
+
+
+class Settings(BaseSettings):
+    """Every environment variable that lora-assets reads; a field's name in capitals is the variable's.
+
+    Values come from the environment first, then from a file ``.env`` in the working directory. An empty
+    variable counts as unset.
+    """
+
+    model_config = SettingsConfigDict(env_file=ENV_FILE, env_ignore_empty=True, extra="ignore", frozen=True)
+
+    training_backend: Literal["hf-peft", "h2o"] = Field(
+        "hf-peft", description="Where adapters are trained: here with PEFT, or delegated to H2O LLM Studio."
+    )
+    base_model_name: str | None = Field(
+        None,
+        description="Local directory, hub name or short name (llama3-8b). Unset: the embedded tiny model; "
+        "on Kubernetes it must be set.",
+    )
+    base_model_revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
+    hf_token: SecretStr | None = Field(None, description="Token for gated hub repositories.")
+    trust_remote_code: bool = Field(False, description="Allow code from the base model's repository to run.")
+
+    data_root: Path = Field(
+        default_factory=_default_data_root, description="Where everything lands: /data in a pod, ./data elsewhere."
+    )
+    pipeline_name: str = Field(
+        "brain", pattern=r"^[a-z][a-z0-9_]{0,39}$", description="The loop's name, part of paths and asset keys."
+    )
+    exports_dir: Path | None = Field(None, description="What is watched; unset: DATA_ROOT/datasets/PIPELINE_NAME.")
+    exports_pattern: str | None = Field(None, description="File names; unset: PIPELINE_NAME_dataset_*.jsonl.")
+
+    dataset_window: str = Field(
+        "all",
+        pattern=r"^(all|date|last:[1-9][0-9]*)$",
+        description="What a date trains on: all (up to it), date (it alone), last:N (the last N dates with data).",
+    )
+    eval_fraction: float = Field(0.1, gt=0, lt=1, description="Share of prompts held out for evaluation.")
+    max_line_bytes: int = Field(1 << 20, ge=1024, description="Longer lines are rejected.")
+    max_reject_rate: float = Field(0.05, ge=0, le=1, description="Share of rejected lines that blocks training.")
+    prepare_workers: int = Field(1, ge=1, description="Processes that validate exports.")
+
+    training_method: Method = Field("lora", description="lora, qlora (4-bit base), prefix or ia3.")
+    training_task: Task = Field("instruction", description="What the adapter is for; the plan's defaults follow it.")
+    lora_rank: int | None = Field(None, ge=1, description="Rank of the adapter; unset: the plan chooses.")
+    train_epochs: float | None = Field(None, gt=0, description="Passes over the data; unset: the plan chooses.")
+    learning_rate: float | None = Field(None, gt=0, description="Peak learning rate; unset: the plan chooses.")
+    max_length: int | None = Field(None, ge=8, description="Tokens per record; unset: the plan chooses.")
+    micro_batch: int | None = Field(None, ge=1, description="Records per forward pass; unset: the plan chooses.")
+    accumulation: int | None = Field(None, ge=1, description="Forward passes per step; unset: the plan chooses.")
+    vram_limit_gb: float | None = Field(None, gt=0, description="Memory of the card that the plan must fit.")
+    seed: int = Field(42, description="Seed of everything random.")
+
+    h2o_api_url: str | None = Field(None, description="H2O LLM Studio's address; needed with TRAINING_BACKEND=h2o.")
+    h2o_api_key: SecretStr | None = Field(None, description="Bearer key for H2O_API_URL.")
+
+    gguf_quantization: Quantization = Field("Q4_K_M", description="Type of the GGUF that is served.")
+    export_targets: str = Field("ollama,lmstudio", description="Comma-separated: ollama, lmstudio.")
+    ollama_host: str | None = Field(None, description="Ollama server on which models are created; unset: none.")
+    ollama_model_name: str = Field("predator-v21", description="Name of the created model, before :run_id.")
+    lmstudio_publisher: str = Field("lora-assets", description="Folder above the model in LM Studio's layout.")
+
+    database_url: SecretStr | None = Field(
+        None, description="PostgreSQL of the run log; unset: an embedded server under DATA_ROOT."
+    )
+    sensor_interval_seconds: int = Field(30, ge=1, description="Time between two looks at the exports directory.")
+    retrain: Literal["newest", "all"] = Field(
+        "newest", description="Which dates train again when older data changed: the newest affected, or all."
+    )
+
+    @field_validator("export_targets")
+    @classmethod
+    def _known_targets(cls, value: str) -> str:
+        targets = [target.strip() for target in value.split(",") if target.strip()]
+        allowed = get_args(ExportTarget)
+        unknown = [target for target in targets if target not in allowed]
+        if unknown:
+            raise ValueError(f"unknown target {', '.join(unknown)}; allowed: {', '.join(allowed)}")
+        return ",".join(targets)
+
+    @field_validator("data_root", "exports_dir")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # Paths end in manifests and reach processes that run elsewhere.
+        return None if value is None else value.expanduser().absolute()
+
+    @model_validator(mode="after")
+    def _complete(self) -> Settings:
+        if self.training_backend == "h2o" and not self.h2o_api_url:
+            raise ValueError("H2O_API_URL must be set when TRAINING_BACKEND=h2o")
+        if on_kubernetes() and self.base_model_name is None:
+            raise ValueError("BASE_MODEL_NAME must be set on Kubernetes: the embedded model is for trying out")
+        return self
+
+    @cached_property
+    def layout(self) -> DataLayout:
+        """Where everything lies under the data root."""
+        return DataLayout(self.data_root, self.pipeline_name)
+
+    @property
+    def exports(self) -> Path:
+        """The watched directory."""
+        return self.exports_dir or self.layout.exports
+
+    @property
+    def pattern(self) -> str:
+        """The watched file names."""
+        return self.exports_pattern or f"{self.pipeline_name}_dataset_*.jsonl"
+
+    @property
+    def targets(self) -> list[str]:
+        """The serving exports asked for."""
+        return [target for target in self.export_targets.split(",") if target]
+
+    @property
+    def recipe(self) -> str:
+        """Hash of the settings that decide what is trained: another recipe makes a date stale."""
+        names = (
+            "training_backend",
+            "base_model_name",
+            "base_model_revision",
+            "dataset_window",
+            "eval_fraction",
+            "max_line_bytes",
+            "training_method",
+            "training_task",
+            "lora_rank",
+            "train_epochs",
+            "learning_rate",
+            "max_length",
+            "micro_batch",
+            "accumulation",
+            "vram_limit_gb",
+            "seed",
+        )
+        return sha256_json({name: getattr(self, name) for name in names})[:16]
+
+    @property
+    def prepare_parameters(self) -> PrepareParameters:
+        """How exports become a dataset."""
+        return PrepareParameters(
+            window=self.dataset_window,
+            eval_fraction=self.eval_fraction,
+            max_line_bytes=self.max_line_bytes,
+        )
+
+
+def load_settings() -> Settings:
+    """Read and check the environment.
+
+    Raises:
+        ConfigurationError: names each variable that is wrong, its value unless secret, and what is allowed.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        problems = "; ".join(_describe(problem) for problem in error.errors())
+        raise ConfigurationError(
+            problems, where="environment", remedy="See `lora-assets config` and the table in the README"
+        ) from error
+
+
+def _describe(problem: Any) -> str:
+    if not problem["loc"]:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    name = str(problem["loc"][0])
+    field: FieldInfo = Settings.model_fields[name.lower()]
+    value = "" if is_secret(field) else f"={problem['input']}"
+    message = str(problem["msg"]).removeprefix("Value error, ")
+    return f"{name.upper()}{value}: {message}"
+
+
+def is_secret(field: FieldInfo) -> bool:
+    """Whether the field's value must never be shown."""
+    return "SecretStr" in str(field.annotation)
+
+
+def sources(settings: Settings) -> dict[str, str]:
+    """Where each value in force came from: ``environment``, ``.env`` or ``default``, by field name."""
+    from dotenv import dotenv_values
+
+    environment = {name.lower() for name, value in os.environ.items() if value}
+    file = {name.lower() for name, value in dotenv_values(ENV_FILE).items() if value}
+    return {
+        name: "environment" if name in environment else ENV_FILE if name in file else "default"
+        for name in type(settings).model_fields
+    }

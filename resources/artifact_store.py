@@ -1,0 +1,61 @@
+"""The data root as a Dagster resource, and the small values that assets hand to each other."""
+
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import BaseModel, Field, TypeAdapter
+
+from finetune.errors import ArtifactError
+from finetune.layout import DataLayout
+from finetune.publishing import write_bytes_atomically
+
+
+class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Where artifacts lie. Steps in different pods see the same volume under the same path."""
+
+    data_root: str = Field(description="Absolute path of the data root.")
+    pipeline: str = Field(description="The loop's name, part of paths.")
+
+    @property
+    def layout(self) -> DataLayout:
+        """Paths under the data root."""
+        return DataLayout(Path(self.data_root), self.pipeline)
+
+
+class ValueStore(dg.ConfigurableIOManager):
+    """Keeps what an asset returns, a small pydantic model with paths and hashes, as one JSON file.
+
+    Large files never pass through it: they lie where the store says, and the value names them.
+    """
+
+    directory: str = Field(description="Absolute path of the folder of values.")
+
+    def path_of(self, asset_key: dg.AssetKey, partition: str | None) -> Path:
+        """Where the value of one asset and partition lies."""
+        return Path(self.directory, *asset_key.path, f"{partition or 'value'}.json")
+
+    def handle_output(self, context: dg.OutputContext, obj: BaseModel) -> None:
+        """Write the value atomically."""
+        partition = context.asset_partition_key if context.has_asset_partitions else None
+        write_bytes_atomically(
+            self.path_of(context.asset_key, partition), (obj.model_dump_json(indent=2) + "\n").encode()
+        )
+
+    def load_input(self, context: dg.InputContext) -> Any:
+        """Read the value back as the type that the consumer's parameter is annotated with.
+
+        Raises:
+            ArtifactError: it was never materialized for this partition.
+        """
+        partition = context.asset_partition_key if context.has_asset_partitions else None
+        path = self.path_of(context.asset_key, partition)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError as error:
+            raise ArtifactError(
+                f"{context.asset_key.to_user_string()} was never materialized for {partition}",
+                where=path,
+                remedy="Materialize it first",
+            ) from error
+        return TypeAdapter(context.dagster_type.typing_type).validate_json(content)
