@@ -6,7 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Method = Literal["lora", "qlora", "prefix", "ia3"]
+# full is estimated, for comparison, and never trained
+Method = Literal["full", "lora", "qlora", "prefix", "ia3"]
 Task = Literal["instruction", "domain", "chat", "style"]
 
 
@@ -23,6 +24,9 @@ class TrialConfig(BaseModel):
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     use_rslora: bool = False
     use_dora: bool = False
+    use_pissa: bool = False
+    # length of the learned prefix, for the method prefix alone
+    virtual_tokens: int = Field(20, ge=1)
     target_modules: list[str] | Literal["all-linear"] = "all-linear"
     learning_rate: float = Field(2e-4, gt=0)
     lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
