@@ -37,6 +37,8 @@ class PreparedDataset(BaseModel):
     counts: Counts
     rejects_by_reason: dict[str, int]
     rejects_by_file: dict[str, int]
+    # Kept records of each export.
+    records_by_file: dict[str, int] = {}
     reused: bool = False
 
     @property

@@ -1,27 +1,15 @@
-"""The four shapes of a training record, seen as one: a conversation, or a plain text.
+"""Records that validation kept, read as conversations.
 
-=================  ==========================================================================
-format             fields
-=================  ==========================================================================
-``messages``       ``messages``: turns of ``role`` (system, user, assistant, tool) and ``content``
-``conversations``  ``conversations``: ShareGPT's turns of ``from`` (human, gpt, ...) and ``value``
-``instruction``    a prompt (``instruction``, ``prompt`` or ``question``), optionally ``input`` and
-                   ``context``, and an answer (``output``, ``completion``, ``answer`` or ``response``)
-``text``           ``text``, and none of the above
-=================  ==========================================================================
-
-The first row that fits decides; of several names for one thing the first one listed is used. All but
-``text`` may carry a ``system`` text, which becomes the first turn unless one is there.
+`finetune.dataset.rules` says what the formats are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, TypedDict
+from typing import Any, TypedDict
 
+from finetune.dataset.rules import RecordFormat, RejectedError, Turn, checked_turns, find_format
 from finetune.errors import DatasetError
-
-RecordFormat = Literal["instruction", "messages", "conversations", "text"]
 
 
 class Message(TypedDict):
@@ -31,41 +19,8 @@ class Message(TypedDict):
     content: str
 
 
-PROMPT_FIELDS = ("instruction", "prompt", "question")
-INPUT_FIELDS = ("input", "context")
-ANSWER_FIELDS = ("output", "completion", "answer", "response")
-ROLES = frozenset({"system", "user", "assistant", "tool"})
-SHAREGPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-    "tool": "tool",
-}
-
-
-def first_field(record: Mapping[str, Any], names: tuple[str, ...]) -> str | None:
-    """The first of `names` that the record has."""
-    for name in names:
-        if name in record:
-            return name
-    return None
-
-
-def find_format(record: Mapping[str, Any]) -> RecordFormat | None:
-    """The record's format by its fields alone, or None if it has none of ours."""
-    if "messages" in record:
-        return "messages"
-    if "conversations" in record:
-        return "conversations"
-    if first_field(record, PROMPT_FIELDS + ANSWER_FIELDS):
-        return "instruction"
-    return "text" if "text" in record else None
-
-
 def record_format(record: Mapping[str, Any]) -> RecordFormat:
-    """The record's format.
+    """The record's format: ``instruction``, ``messages``, ``conversations`` or ``text``.
 
     Raises:
         DatasetError: the record has none of the known fields.
@@ -84,35 +39,22 @@ def as_messages(record: Mapping[str, Any]) -> list[Message] | None:
 
     Instruction, input and context become one user turn, with an empty line between them.
 
-    Args:
-        record: a record that validation kept.
-
     Raises:
-        DatasetError: the record has none of the known fields.
+        DatasetError: the record breaks a rule, which no record of a prepared dataset does.
     """
-    found = record_format(record)
-    if found == "text":
+    turns = _turns(record)
+    if turns[0][0] == "text":
         return None
-    if found == "messages":
-        turns = [Message(role=turn["role"], content=turn["content"]) for turn in record["messages"]]
-    elif found == "conversations":
-        turns = [Message(role=SHAREGPT_ROLES[turn["from"]], content=turn["value"]) for turn in record["conversations"]]
-    else:
-        asked = [record[name] for name in PROMPT_FIELDS if name in record][:1]
-        asked += [record[name] for name in INPUT_FIELDS if record.get(name)]
-        answer = next(record[name] for name in ANSWER_FIELDS if name in record)
-        turns = [Message(role="user", content="\n\n".join(asked)), Message(role="assistant", content=answer)]
-    if record.get("system") and turns[0]["role"] != "system":
-        turns.insert(0, Message(role="system", content=record["system"]))
-    return turns
+    return [Message(role=role, content=content) for role, content in turns]
 
 
 def prompt_text(record: Mapping[str, Any]) -> str:
-    """What the record asks: its first user turn, or all of a plain text."""
-    turns = as_messages(record)
-    if turns is None:
-        return str(record["text"])
-    return next(turn["content"] for turn in turns if turn["role"] == "user")
+    """What the record asks: its first user turn, or all of a plain text.
+
+    Raises:
+        DatasetError: the record breaks a rule.
+    """
+    return next(content for role, content in _turns(record) if role in ("user", "text"))
 
 
 def source_of(record: Mapping[str, Any]) -> str | None:
@@ -120,3 +62,13 @@ def source_of(record: Mapping[str, Any]) -> str | None:
     meta = record.get("meta")
     value = record.get("source") or (meta.get("source") if isinstance(meta, Mapping) else None)
     return value if isinstance(value, str) else None
+
+
+def _turns(record: Mapping[str, Any]) -> list[Turn]:
+    try:
+        return checked_turns(record if type(record) is dict else dict(record))
+    except RejectedError as error:
+        raise DatasetError(
+            f"not a training record: {error.reason}" + (f" ({error.field})" if error.field else ""),
+            remedy="Take records from a prepared dataset, or prepare these first",
+        ) from error

@@ -1,0 +1,235 @@
+"""From exports to a dataset: validated, without duplicates, split, as raw bytes, published whole.
+
+Records are copied as they arrived, one a line. They stand in the order of their files (by date, then
+name) and lines, and of equal ones the first is kept. The output depends on the files' names and bytes,
+the date and the parameters alone, not on how many processes worked on it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field
+
+from finetune.dataset.copying import copy_records, copy_rejects
+from finetune.dataset.discovery import ExportFile, window_of
+from finetune.dataset.index import FileIndex, index_files
+from finetune.dataset.models import Counts, PreparedDataset
+from finetune.dataset.reading import Fingerprint, fingerprint_file
+from finetune.dataset.scan import RULES_VERSION, Limits
+from finetune.dataset.selection import first_occurrences, held_out
+from finetune.dataset.workers import scanning
+from finetune.errors import DatasetError
+from finetune.layout import DataLayout
+from finetune.progress import Progress, ProgressEvent, ignore_progress
+from finetune.publishing import is_complete, publish_directory, read_manifest, sha256_json
+
+KIND = "prepared-dataset"
+_FORMAT_VERSION = 1
+_FINGERPRINT_DIGITS = 16
+_RANGE_BYTES = 1 << 20
+_EXAMPLES = 5
+
+
+class PrepareParameters(BaseModel):
+    """What decides about the records, besides the files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    window: str = Field(
+        default="all",
+        pattern=r"^(all|date|last:[1-9]\d*)$",
+        description="Which dates to train on: all up to the dataset's date, that date alone, or last:N dates with data",
+    )
+    eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="Share of prompts held out for evaluation")
+    salt: str = Field(default="", description="Another salt gives another split")
+    max_line_bytes: int = Field(
+        default=1 << 20, ge=2, lt=1 << 31, description="Longer lines are rejected; bytes without the line feed"
+    )
+    max_depth: int = Field(
+        default=64, ge=2, le=256, description="Lines that nest objects and arrays deeper are rejected"
+    )
+
+
+def prepare_dataset(
+    files: Sequence[ExportFile],
+    *,
+    date: str,
+    layout: DataLayout,
+    parameters: PrepareParameters | None = None,
+    workers: int = 1,
+    range_bytes: int = _RANGE_BYTES,
+    on_progress: Progress = ignore_progress,
+) -> PreparedDataset:
+    """Make the dataset of a date, or find it made already.
+
+    Args:
+        files: exports of any dates, as `finetune.dataset.discovery.discover_exports` lists them.
+        date: the dataset's ISO date.
+        layout: where it is published; indexes of the files are kept beside it.
+        parameters: window, split and limits; None for the defaults.
+        workers: processes that validate; 1 means this one alone.
+        range_bytes: how much of a file a worker takes at a time.
+        on_progress: is told of bytes hashed, validated and written.
+
+    Raises:
+        DatasetError: no files in the window, one cannot be read, no record was kept, or one side of the
+            split is empty.
+        TransientError: a file changed or vanished meanwhile.
+        StorageFullError: the disk is full.
+    """
+    parameters = parameters or PrepareParameters()
+    window = window_of(files, date, parameters.window)
+    if not window:
+        raise DatasetError(
+            f"no exports for the dataset of {date} in the window {parameters.window!r}",
+            where=layout.exports,
+            remedy="Wait for exports, or choose another date or window",
+        )
+    inputs = _fingerprints(window, workers, range_bytes, on_progress)
+    fingerprint = sha256_json(
+        {
+            "format": [_FORMAT_VERSION, RULES_VERSION],
+            "files": [[file.name, file.date, content.sha256] for file, content in inputs],
+            "parameters": parameters.model_dump(),
+        }
+    )[:_FINGERPRINT_DIGITS]
+    target = layout.prepared(date, fingerprint)
+    if is_complete(target):
+        return load_prepared(target).model_copy(update={"reused": True})
+    with scanning(workers) as scanner:
+        indexes = index_files(
+            inputs,
+            target.parent.parent / ".index",
+            limits=Limits(parameters.max_line_bytes, parameters.max_depth),
+            scanner=scanner,
+            on_progress=on_progress,
+        )
+    return _publish(target, date, indexes, parameters, on_progress)
+
+
+def load_prepared(path: Path) -> PreparedDataset:
+    """A published dataset.
+
+    Raises:
+        ArtifactError: there is none, or it is damaged.
+    """
+    manifest = read_manifest(path, kind=KIND)
+    return PreparedDataset(path=path, **manifest.results)
+
+
+def _fingerprints(
+    files: Sequence[ExportFile], workers: int, range_bytes: int, on_progress: Progress
+) -> list[tuple[ExportFile, Fingerprint]]:
+    total, done = sum(file.size for file in files), 0
+    inputs = []
+
+    def fingerprint(file: ExportFile) -> Fingerprint:
+        return fingerprint_file(file.path, size=file.size, mtime_ns=file.mtime_ns, block_bytes=range_bytes)
+
+    with ThreadPoolExecutor(workers) as threads:
+        for file, content in zip(files, threads.map(fingerprint, files), strict=True):
+            inputs.append((file, content))
+            done += file.size
+            on_progress(ProgressEvent("hash", done, total, "bytes"))
+    return inputs
+
+
+def _publish(
+    target: Path, date: str, indexes: list[FileIndex], parameters: PrepareParameters, on_progress: Progress
+) -> PreparedDataset:
+    keep = first_occurrences(indexes)
+    total, done, start = sum(index.fingerprint.size for index in indexes), 0, 0
+    counts: Counter[str] = Counter()
+    described: list[dict[str, Any]] = []
+    with publish_directory(target, kind=KIND) as staging:
+        with (
+            (staging.path / "train.jsonl").open("wb", buffering=1 << 20) as train,
+            (staging.path / "eval.jsonl").open("wb", buffering=1 << 20) as held,
+            (staging.path / "rejects.jsonl").open("wb", buffering=1 << 20) as rejects,
+        ):
+            for index in indexes:
+                kept = keep[start : start + index.records]
+                start += index.records
+                in_eval = held_out(index.rows()["prompt"], parameters.eval_fraction, parameters.salt)
+                copy_records(index, [(kept & ~in_eval, train), (kept & in_eval, held)])
+                copy_rejects(index, rejects)
+                of_file = {
+                    "lines": index.lines,
+                    "train": int((kept & ~in_eval).sum()),
+                    "eval": int((kept & in_eval).sum()),
+                    "duplicates": int((~kept).sum()),
+                    "rejected": index.rejected,
+                    "blank": index.blank,
+                }
+                counts.update(of_file)
+                described.append(_describe(index, of_file))
+                done += index.fingerprint.size
+                on_progress(ProgressEvent("write", done, total, "bytes"))
+        dataset = PreparedDataset(
+            path=target,
+            date=date,
+            fingerprint=target.name,
+            window_dates=sorted({index.file.date for index in indexes}),
+            counts=Counts(**counts),
+            rejects_by_reason=dict(sum((Counter(index.reasons) for index in indexes), Counter()).most_common()),
+            rejects_by_file={index.file.name: index.rejected for index in indexes if index.rejected},
+            records_by_file={entry["name"]: entry["train"] + entry["eval"] for entry in described},
+        )
+        _check(dataset, indexes)
+        staging.inputs = {"files": described}
+        staging.parameters = parameters.model_dump()
+        staging.results = dataset.model_dump(mode="json", exclude={"path", "reused"})
+    return dataset
+
+
+def _describe(index: FileIndex, counts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "name": index.file.name,
+        "date": index.file.date,
+        "size": index.fingerprint.size,
+        "sha256": index.fingerprint.sha256,
+        **counts,
+        "reasons": index.reasons,
+    }
+
+
+def _check(dataset: PreparedDataset, indexes: Sequence[FileIndex]) -> None:
+    counts = dataset.counts
+    if counts.lines != counts.kept + counts.duplicates + counts.rejected + counts.blank:
+        raise AssertionError(f"lines were lost or counted twice: {counts!r}")
+    if not counts.kept:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in dataset.rejects_by_reason.items()) or "none"
+        examples = "; ".join(itertools.islice(_examples(indexes), _EXAMPLES))
+        raise DatasetError(
+            f"none of the {counts.lines} lines is a record to train on ({counts.blank} blank; rejected: {reasons})"
+            + (f", for example {examples}" if examples else ""),
+            where=indexes[0].file.path.parent,
+            remedy="Correct the program that writes the exports; a record has instruction and output, prompt and "
+            "completion, messages, conversations, or text",
+        )
+    for side, count in (("training", counts.train), ("evaluation", counts.eval)):
+        if not count:
+            raise DatasetError(
+                f"all {counts.kept} records fell to one side of the split and none is left for {side}",
+                where=f"the dataset of {dataset.date}",
+                remedy="Bring more data, or change the share that is held out (EVAL_FRACTION)",
+            )
+
+
+def _examples(indexes: Sequence[FileIndex]) -> Iterator[str]:
+    """Where rejects are, each reason of a file once: ``file:line reason``."""
+    for index in indexes:
+        seen = set()
+        with index.rejects_path.open("rb") as lines:
+            for line in lines:
+                reject = orjson.loads(line)
+                if reject["reason"] not in seen:
+                    seen.add(reject["reason"])
+                    yield f"{index.file.name}:{reject['line']} {reject['reason']}"

@@ -1,0 +1,229 @@
+"""Validation of one range of an export: which lines are records, where they lie, and what is wrong elsewhere.
+
+A line belongs to the range in which it starts. Results are small and flat, since they travel between
+processes: a record is one row of `RECORD`, a reject one line of JSON.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+
+import numpy as np
+import orjson
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
+
+from finetune.dataset.diagnosis import diagnose
+from finetune.dataset.reading import changed, opened, read_exactly
+from finetune.dataset.rules import RejectedError, Turn, checked_turns
+
+# Changes whenever the same bytes could give another result: kept indexes are then made anew.
+RULES_VERSION = 1
+# `content` and `prompt` are hashes of normalised text; `offset` and `length` are in bytes.
+RECORD = np.dtype([("content", "<u8", (2,)), ("prompt", "<u8"), ("offset", "<u8"), ("length", "<u4")])
+_ROW = np.dtype([("prompt", "<u8"), ("offset", "<u8"), ("length", "<u4")])
+_WHITESPACE = b" \t\n\r\x0b\x0c"
+_BOM = b"\xef\xbb\xbf"
+_HEAD_BYTES = 120
+_SCAN_AHEAD = 1 << 16
+_Decoder = codecs.getincrementaldecoder("utf-8")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The longest line in bytes, without its line feed, and the deepest nesting."""
+
+    max_line_bytes: int
+    max_depth: int
+
+
+@dataclass(frozen=True)
+class RangeTask:
+    """The lines of `path` that start in ``[start, end)``; `block` is the hash of just these bytes."""
+
+    path: Path
+    size: int
+    start: int
+    end: int
+    block: int
+    limits: Limits
+
+
+@dataclass
+class RangeScan:
+    """What a range holds.
+
+    `records` are rows of `RECORD`; `rejects` lines of JSON with offset, length, reason, field, position
+    and head, whose line numbers within the range, from 0, are in `reject_lines`.
+    """
+
+    lines: int = 0
+    blank: int = 0
+    records: bytes = b""
+    rejects: list[bytes] = field(default_factory=list)
+    reject_lines: list[int] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """The lines of a range without their breaks; the last one may be cut, and `cut` is its true length."""
+
+    offset: int
+    lines: list[bytes]
+    terminated: bool
+    cut: int | None
+
+
+def normalized(text: str) -> bytes:
+    """What counts when texts are compared: Unicode NFC as UTF-8, without ASCII white space."""
+    return (text if text.isascii() else normalize("NFC", text)).encode().translate(None, _WHITESPACE)
+
+
+def content_key(turns: list[Turn]) -> tuple[bytes, bytes]:
+    """A record's normalised content and prompt, to be hashed.
+
+    The content is role and text of all turns, whatever the record's format; NUL, which no record may
+    hold, stands between them. The prompt is the first user turn, or all of a plain text.
+    """
+    parts: list[bytes] = []
+    prompt = None
+    for role, text in turns:
+        part = normalized(text)
+        parts += (role.encode(), part)
+        if prompt is None and role in ("user", "text"):
+            prompt = part
+    return b"\0".join(parts), prompt or b""
+
+
+def scan_range(task: RangeTask) -> RangeScan:
+    """Validate the lines that start in a range.
+
+    Raises:
+        DatasetError: the file cannot be read.
+        TransientError: the file is not the one that was hashed.
+    """
+    found = _read_lines(task)
+    scan = RangeScan(lines=len(found.lines))
+    contents: list[bytes] = []
+    rows: list[tuple[int, int, int]] = []
+    limits, offset, last = task.limits, found.offset, len(found.lines) - 1
+    for number, line in enumerate(found.lines):
+        length = len(line)
+        try:
+            content, prompt = content_key(_parse(line, limits))
+            start, kept = offset, length - 1 if line.endswith(b"\r") else length
+        except ValueError:
+            body = line.removeprefix(_BOM)
+            start, kept = offset + length - len(body), len(body.rstrip())
+            if not kept and not (number == last and found.cut):
+                scan.blank += 1
+                offset += length + 1
+                continue
+            if number == last and found.cut:
+                length = found.cut
+            try:
+                terminated = found.terminated or number < last
+                content, prompt = content_key(_examine(body, length, terminated, limits))
+            except RejectedError as error:
+                scan.reasons[error.reason] += 1
+                scan.reject_lines.append(number)
+                scan.rejects.append(_reject(line, offset, length, error, shift=start - offset))
+                offset += length + 1
+                continue
+        contents.append(xxh3_128_digest(content))
+        rows.append((xxh3_64_intdigest(prompt), start, kept))
+        offset += length + 1
+    records = np.empty(len(rows), RECORD)
+    records["content"] = np.frombuffer(b"".join(contents), "<u8").reshape(-1, 2)
+    table = np.array(rows, _ROW)
+    for name in _ROW.names or ():
+        records[name] = table[name]
+    scan.records = records.tobytes()
+    return scan
+
+
+def _parse(line: bytes, limits: Limits) -> list[Turn]:
+    """The fast way: whatever fails here, for whatever reason, is examined anew."""
+    if len(line) > limits.max_line_bytes:
+        raise ValueError
+    record = orjson.loads(line)
+    turns = checked_turns(record)
+    # Escapes are rare, so the cheap question comes first.
+    if b"\\" in line and b"\\u0000" in line:
+        raise ValueError
+    if _deeper_than(record, limits.max_depth):
+        raise ValueError
+    return turns
+
+
+def _deeper_than(value: Any, max_depth: int) -> bool:
+    level = [value]
+    for _ in range(max_depth):
+        level = [
+            child
+            for parent in level
+            for child in (parent.values() if type(parent) is dict else parent)
+            if type(child) is dict or type(child) is list
+        ]
+        if not level:
+            return False
+    return True
+
+
+def _examine(body: bytes, length: int, terminated: bool, limits: Limits) -> list[Turn]:
+    """The exact way, which decides."""
+    if length > limits.max_line_bytes:
+        raise RejectedError("over_long", position=limits.max_line_bytes)
+    return checked_turns(diagnose(body, terminated=terminated, max_depth=limits.max_depth))
+
+
+def _reject(line: bytes, offset: int, length: int, error: RejectedError, shift: int) -> bytes:
+    return orjson.dumps(
+        {
+            "offset": offset,
+            "length": length,
+            "reason": error.reason,
+            "field": error.field,
+            "position": None if error.position is None else error.position + shift,
+            # An incremental decoder leaves out a character that the cut goes through.
+            "head": _Decoder("backslashreplace").decode(line[:_HEAD_BYTES]),
+        }
+    )
+
+
+def _read_lines(task: RangeTask) -> _Lines:
+    with opened(task.path) as descriptor:
+        data = read_exactly(descriptor, task.end - task.start, task.start, task.path)
+        if xxh3_64_intdigest(data) != task.block:
+            raise changed(task.path)
+        offset = task.start
+        if task.start > 0 and read_exactly(descriptor, 1, task.start - 1, task.path) != b"\n":
+            skipped = data.find(b"\n") + 1
+            if not skipped:
+                return _Lines(offset, [], terminated=True, cut=None)
+            offset, data = offset + skipped, data[skipped:]
+        if not data:
+            return _Lines(offset, [], terminated=True, cut=None)
+        if data.endswith(b"\n"):
+            return _Lines(offset, data[:-1].split(b"\n"), terminated=True, cut=None)
+        # The last line runs on beyond the range: read its end, but keep no more of it than is allowed.
+        tail_start = offset + data.rfind(b"\n") + 1
+        longest = task.limits.max_line_bytes
+        rest = bytearray()
+        position, terminated = task.end, False
+        while position < task.size and not terminated:
+            piece = read_exactly(descriptor, min(_SCAN_AHEAD, task.size - position), position, task.path)
+            line_end = piece.find(b"\n")
+            terminated = line_end >= 0
+            piece = piece[:line_end] if terminated else piece
+            position += len(piece)
+            if len(rest) <= longest:
+                rest += piece
+        length = position - tail_start
+        lines = (data + rest).split(b"\n")
+        return _Lines(offset, lines, terminated, cut=length if length > longest else None)
