@@ -7,6 +7,7 @@ visible. Whoever is killed half-way leaves only a temporary directory behind, wh
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -173,14 +174,25 @@ def temporary_sibling(target: Path) -> Path:
     return target.with_name(f".{target.name}{TEMPORARY_MARK}{os.getpid()}-{secrets.token_hex(4)}")
 
 
+def _rename_to_new(source: Path, target: Path) -> None:
+    try:
+        source.rename(target)
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(errno.EEXIST, "another writer was first", str(target)) from error
+        raise
+
+
 @contextmanager
-def publish_directory(target: Path, *, kind: str) -> Iterator[Staging]:
+def publish_directory(target: Path, *, kind: str, replace: bool = True) -> Iterator[Staging]:
     """Make `target` whole or not at all.
 
     Yields a `Staging` whose files become `target` when the block ends without an error. A complete
-    `target` that is there already is replaced; between the two renames a reader sees none.
+    `target` that is there already is replaced; between the two renames a reader sees none. Without
+    `replace` the rename decides which of several writers gets the name, on shared volumes too.
 
     Raises:
+        FileExistsError: `replace` is off and another writer was first; nothing is left behind.
         StorageFullError: the disk is full; nothing is left behind.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -190,7 +202,9 @@ def publish_directory(target: Path, *, kind: str) -> Iterator[Staging]:
             staging.path.mkdir()
             yield staging
             _finish(staging, kind)
-            if target.exists():
+            if not replace:
+                _rename_to_new(staging.path, target)
+            elif target.exists():
                 old = temporary_sibling(target)
                 target.rename(old)
                 staging.path.rename(target)
