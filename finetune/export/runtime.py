@@ -1,0 +1,164 @@
+"""A llama.cpp runtime for one GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import httpx
+
+from finetune.errors import ConfigurationError, ExportError
+
+if TYPE_CHECKING:
+    from finetune.dataset.records import Message
+
+_WORKER = Path(__file__).with_name("runtime_worker.py")
+_LOAD_TIMEOUT = 600
+_ANSWER_TIMEOUT = 600
+_REMEDY = "Delete the gguf directory and materialize the asset again"
+
+
+class GgufRuntime:
+    """Loads a GGUF file, optionally with a GGUF LoRA adapter, and answers greedily.
+
+    llama.cpp runs in a child process: a damaged file makes it abort, which must not take the caller
+    along. It listens on the loopback interface only and ends with the block, or with its parent.
+
+    Args:
+        model: the GGUF file.
+        adapter: a GGUF LoRA adapter to put on top of it.
+        context: room for prompt and answer, in tokens.
+        threads: how many threads compute.
+    """
+
+    def __init__(self, model: Path, adapter: Path | None = None, *, context: int = 2048, threads: int = 2) -> None:
+        self.model = model
+        self.adapter = adapter
+        self._request = {
+            "model": str(model),
+            "adapter": str(adapter) if adapter else None,
+            "context": context,
+            "threads": threads,
+        }
+
+    def __enter__(self) -> GgufRuntime:
+        """Start the child process and load the files.
+
+        Raises:
+            ConfigurationError: xllamacpp is not installed.
+            ExportError: the runtime cannot load the model or the adapter.
+        """
+        if importlib.util.find_spec("xllamacpp") is None:
+            raise ConfigurationError(
+                "the llama.cpp runtime is not installed",
+                where="xllamacpp",
+                remedy="Install the training extra: pip install 'lora-assets[train]'",
+            )
+        for path in filter(None, (self.model, self.adapter)):
+            if not path.is_file():
+                raise ExportError("no GGUF file here", where=path, remedy=_REMEDY)
+        self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(_WORKER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+        try:
+            self._client = httpx.Client(base_url=self._start(), timeout=_ANSWER_TIMEOUT, trust_env=False)
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def _start(self) -> str:
+        assert self._process.stdin is not None  # noqa: S101 - stdin=PIPE
+        assert self._process.stdout is not None  # noqa: S101 - stdout=PIPE
+        watchdog = threading.Timer(_LOAD_TIMEOUT, self._process.kill)
+        watchdog.start()
+        try:
+            self._process.stdin.write(json.dumps(self._request) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        finally:
+            watchdog.cancel()
+        answer = json.loads(line) if line else {}
+        if "address" in answer:
+            return str(answer["address"])
+        raise self._failure("llama.cpp cannot load the file")
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._client.close()
+        self._end()
+
+    def _end(self) -> None:
+        try:
+            self._process.communicate(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+        self._log.close()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text; names of special tokens in it become those tokens; no BOS is added."""
+        body = {"content": text, "add_special": False, "parse_special": True}
+        return [int(token) for token in self._post("/tokenize", body)["tokens"]]
+
+    def complete(self, ids: Sequence[int], max_tokens: int) -> list[int]:
+        """At most `max_tokens` most likely next tokens after the prompt `ids`."""
+        body = {"prompt": list(ids), "n_predict": max_tokens, "temperature": 0, "top_k": 1}
+        answer = self._post("/completion", body | {"return_tokens": True, "cache_prompt": False})
+        return [int(token) for token in answer["tokens"]]
+
+    def distributions(self, ids: Sequence[int], max_tokens: int, top: int) -> tuple[list[int], list[dict[int, float]]]:
+        """As `complete`, with the log-probabilities of the `top` likeliest tokens at each step, by token id."""
+        body = {"prompt": list(ids), "n_predict": max_tokens, "temperature": 0, "top_k": 1, "n_probs": top}
+        answer = self._post("/completion", body | {"return_tokens": True, "cache_prompt": False})
+        steps = [
+            {int(entry["id"]): float(entry["logprob"]) for entry in step["top_logprobs"]}
+            for step in answer["completion_probabilities"]
+        ]
+        return [int(token) for token in answer["tokens"]], steps
+
+    def render(self, messages: Sequence[Message]) -> str:
+        """The prompt that the GGUF file's own chat template makes of a conversation."""
+        return str(self._post("/apply-template", {"messages": list(messages)})["prompt"])
+
+    def chat(self, messages: Sequence[Message], max_tokens: int = 64) -> str:
+        """The greedy answer to a conversation, through the chat template in the GGUF file."""
+        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "top_k": 1}
+        answer = self._post("/v1/chat/completions", body | {"cache_prompt": False})
+        return str(answer["choices"][0]["message"]["content"] or "")
+
+    def _post(self, path: str, body: Mapping[str, Any]) -> Any:
+        try:
+            response = self._client.post(path, json=body)
+            response.raise_for_status()
+            return response.json()
+        except httpx.HTTPStatusError as error:
+            raise ExportError(
+                f"llama.cpp refuses {path}: {error.response.text[:300]}", where=self.model, remedy=_REMEDY
+            ) from error
+        except httpx.TransportError as error:
+            raise self._failure(f"llama.cpp died while answering ({error})") from error
+
+    def _failure(self, what: str) -> ExportError:
+        self._log.seek(0)
+        # llama.cpp's log lines read "0.00.005.557 E cmn  message".
+        said = re.findall(r"^[\d.]+ E \S*\s+(.*)$", self._log.read(), re.MULTILINE)
+        detail = f": {'; '.join(said[:2])}" if said else ""
+        return ExportError(f"{what}{detail}", where=self.adapter or self.model, remedy=_REMEDY)
