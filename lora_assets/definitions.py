@@ -21,6 +21,17 @@ def secret(variable: str, value: object) -> str | None:
     return dg.EnvVar(variable) if value else None
 
 
+def build_base_model(settings: Settings) -> BaseModelSource:
+    """The base model that BASE_MODEL_NAME names."""
+    return BaseModelSource(
+        name=settings.base_model_name,
+        revision=settings.base_model_revision,
+        cache_dir=str(settings.layout.base_models),
+        token=secret("HF_TOKEN", settings.hf_token),
+        trust_remote_code=settings.trust_remote_code,
+    )
+
+
 def build_trainer(settings: Settings) -> LoraTrainer:
     """The trainer that TRAINING_BACKEND names."""
     if settings.training_backend == "h2o":
@@ -63,7 +74,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         jobs=[train_and_export],
         sensors=[
             build_export_arrival_sensor(
-                job=train_and_export,
+                job_name=train_and_export.name,
                 partitions=dataset_dates,
                 exports=dataset.brain_exports.key,
                 directory=settings.exports,
@@ -75,16 +86,10 @@ def build_definitions(settings: Settings) -> dg.Definitions:
         resources={
             "io_manager": ValueStore(directory=str(layout.asset_values)),
             "store": ArtifactStore(data_root=str(layout.root), pipeline=layout.pipeline),
-            "base_model": BaseModelSource(
-                name=settings.base_model_name,
-                revision=settings.base_model_revision,
-                cache_dir=str(layout.base_models),
-                token=secret("HF_TOKEN", settings.hf_token),
-                trust_remote_code=settings.trust_remote_code,
-            ),
+            "base_model": build_base_model(settings),
             "trainer": build_trainer(settings),
             "run_log": RunLog(
-                database_url=secret("DATABASE_URL", settings.database_url), data_dir=str(layout.postgres)
+                database_url=secret("DATABASE_URL", settings.database_url) or "", data_dir=str(layout.root)
             ),
             "ollama": OllamaServer(host=settings.ollama_host),
         },

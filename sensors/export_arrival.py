@@ -66,7 +66,7 @@ def fingerprints_by_date(files: Sequence[ExportFile]) -> dict[str, str]:
 
 def build_export_arrival_sensor(
     *,
-    job: dg.ExecutableDefinition | dg.UnresolvedAssetJobDefinition,
+    job_name: str,
     partitions: dg.DynamicPartitionsDefinition,
     exports: dg.AssetKey,
     directory: Path,
@@ -77,7 +77,7 @@ def build_export_arrival_sensor(
     """A sensor that adds a partition, reports the external asset and asks for a run for each date that is ready.
 
     Args:
-        job: what is run for a date.
+        job_name: what is run for a date.
         partitions: the dataset dates.
         exports: the external asset that is reported.
         directory: what is watched.
@@ -88,7 +88,7 @@ def build_export_arrival_sensor(
 
     @dg.sensor(
         name="export_arrival",
-        job=job,
+        job_name=job_name,
         minimum_interval_seconds=interval_seconds,
         description=f"Watches {directory}/{pattern}: a date whose files stood still for two ticks is trained.",
     )

@@ -11,8 +11,9 @@ def build_run_log_sensor() -> dg.SensorDefinition:
     @dg.run_failure_sensor(name="run_log_closes_failed_runs", default_status=dg.DefaultSensorStatus.RUNNING)
     def run_log_closes_failed_runs(context: dg.RunFailureSensorContext, run_log: RunLog) -> None:
         reason = context.failure_event.message or "the run failed"
-        closed = run_log.close_run(context.dagster_run.run_id, reason)
+        run_id = context.dagster_run.run_id
+        closed = run_log.close_orphans(lambda owner: reason if owner == run_id else None)
         if closed:
-            context.log.info(f"closed {closed} rows of run {context.dagster_run.run_id}: {reason}")
+            context.log.info(f"closed rows {closed} of run {run_id}: {reason}")
 
     return run_log_closes_failed_runs

@@ -39,6 +39,8 @@ class PreparedDataset(BaseModel):
     rejects_by_file: dict[str, int]
     # Kept records of each export.
     records_by_file: dict[str, int] = {}
+    # names, sizes and times of the exports when they were read; empty where nobody asked
+    stat_fingerprint: str = ""
     reused: bool = False
 
     @property

@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from finetune.chat.encode import RecordEncoder
-from finetune.dataset.discovery import discover_exports
+from finetune.dataset.discovery import discover_exports, stat_fingerprint, window_of
 from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.dataset.prepare import prepare_dataset
 from finetune.dataset.profile import profile_dataset
@@ -46,8 +46,9 @@ def merged_dataset(
     context: dg.AssetExecutionContext, config: DatasetConfig, store: ArtifactStore
 ) -> dg.MaterializeResult[PreparedDataset]:
     """Prepare the exports of this date's window."""
+    files = discover_exports(SETTINGS.exports, SETTINGS.pattern)
     prepared = prepare_dataset(
-        discover_exports(SETTINGS.exports, SETTINGS.pattern),
+        files,
         date=context.partition_key,
         layout=store.layout,
         parameters=SETTINGS.prepare_parameters.model_copy(
@@ -56,6 +57,8 @@ def merged_dataset(
         workers=SETTINGS.prepare_workers,
         on_progress=log_progress(context),
     )
+    window = window_of(files, context.partition_key, config.window)
+    prepared = prepared.model_copy(update={"stat_fingerprint": stat_fingerprint(window)})
     counts = prepared.counts
     return dg.MaterializeResult(
         value=prepared,

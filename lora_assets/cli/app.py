@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lora_assets.cli import run, show
+from lora_assets.cli import demo, run, show
 
 app = typer.Typer(
     name="lora-assets",
@@ -13,6 +13,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command(epilog="Example: lora-assets run --latest --dry-run")(run.run)
+app.command(epilog="Example: lora-assets demo")(demo.demo)
+app.command(epilog="Example: DATA_ROOT=data/demo lora-assets dev --port 3000")(demo.dev)
 app.command(epilog="Example: lora-assets config --json")(show.config)
 app.command(epilog="Example: lora-assets runs --limit 5 --json")(show.runs)
 

@@ -1,0 +1,48 @@
+# make demo   the whole loop on the example exports
+# make test   every check and test
+# make dev    the Dagster UI and daemon on http://localhost:3000
+# `make help` lists the rest.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format dev bench-load clean
+
+help: ## List the targets
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+setup: .venv/.installed ## Make .venv with everything in it (2 to 4 minutes, once)
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, this is $$($(PYTHON) --version); set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing into .venv (once, 2 to 4 minutes) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]' 2>&1 | grep -v "is ignored: it is neither a file nor a directory" || true
+	@$(BIN)/python -c 'import dagster, torch, trl, xllamacpp' && touch $@
+
+demo: .venv/.installed ## Run the whole loop on examples/exports (data lands in ./data/demo)
+	@$(BIN)/lora-assets demo
+
+test: check ## All checks and all tests
+	@$(BIN)/pytest
+
+check: .venv/.installed ## Lint, format, types, import contracts, definitions
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo
+	@$(BIN)/dg check defs
+
+format: .venv/.installed ## Format the code and fix what can be fixed
+	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+dev: .venv/.installed ## The Dagster UI and daemon on localhost
+	@$(BIN)/lora-assets dev
+
+bench-load: .venv/.installed ## How long the code location takes to load
+	@$(BIN)/python benchmarks/load/bench.py
+
+clean: ## Remove the virtual environment and caches; data stays
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -1,0 +1,105 @@
+"""The environment: every name of the job's specification, typed, with errors that say what is allowed."""
+
+from pathlib import Path
+
+import pytest
+
+from finetune.errors import ConfigurationError
+from lora_assets.settings import Settings, load_settings, sources
+
+SPECIFIED = {
+    "TRAINING_BACKEND": "h2o",
+    "BASE_MODEL_NAME": "llama3-8b",
+    "LORA_RANK": "8",
+    "TRAIN_EPOCHS": "3",
+    "H2O_API_URL": "https://h2o-llm.internal",
+    "H2O_API_KEY": "secret-key-from-vault",
+    "EXPORT_TARGETS": "ollama,lmstudio",
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+
+
+def test_every_name_of_the_specification_is_read_as_it_stands_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SPECIFIED.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert settings.training_backend == "h2o"
+    assert settings.base_model_name == "llama3-8b"
+    assert settings.lora_rank == 8
+    assert settings.train_epochs == 3
+    assert settings.h2o_api_url == "https://h2o-llm.internal"
+    assert settings.h2o_api_key is not None
+    assert settings.h2o_api_key.get_secret_value() == "secret-key-from-vault"
+    assert settings.targets == ["ollama", "lmstudio"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("TRAINING_BACKEND", "openai", ["TRAINING_BACKEND=openai", "hf-peft", "h2o"]),
+        ("LORA_RANK", "eight", ["LORA_RANK=eight", "integer"]),
+        ("LORA_RANK", "0", ["LORA_RANK=0", "greater than or equal to 1"]),
+        ("EXPORT_TARGETS", "ollama,vllm", ["EXPORT_TARGETS", "vllm", "lmstudio"]),
+        ("DATASET_WINDOW", "last:x", ["DATASET_WINDOW=last:x", "all|date|last"]),
+        ("GGUF_QUANTIZATION", "Q3", ["GGUF_QUANTIZATION=Q3", "Q4_K_M"]),
+        ("PIPELINE_NAME", "../brain", ["PIPELINE_NAME=../brain"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, told: list[str]
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigurationError) as error:
+        load_settings()
+    for part in told:
+        assert part in str(error.value)
+
+
+def test_h2o_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINING_BACKEND", "h2o")
+    with pytest.raises(ConfigurationError, match="H2O_API_URL must be set"):
+        load_settings()
+
+
+def test_in_a_pod_the_demo_model_is_never_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    with pytest.raises(ConfigurationError, match="BASE_MODEL_NAME must be set on Kubernetes"):
+        load_settings()
+    monkeypatch.setenv("BASE_MODEL_NAME", "llama3-8b")
+    assert load_settings().data_root == Path("/data")
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BASE_MODEL_NAME", "")
+    assert load_settings().base_model_name is None
+
+
+def test_the_source_of_each_value_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("TRAIN_EPOCHS=2\nLORA_RANK=4\n")
+    monkeypatch.setenv("LORA_RANK", "16")
+    settings = load_settings()
+    assert (settings.lora_rank, settings.train_epochs) == (16, 2)
+    origin = sources(settings)
+    assert (origin["lora_rank"], origin["train_epochs"], origin["seed"]) == ("environment", ".env", "default")
+
+
+def test_a_secret_never_stands_in_the_settings_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SPECIFIED.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert "secret-key-from-vault" not in f"{settings!r} {settings} {settings.model_dump_json()}"
+
+
+def test_the_recipe_follows_what_decides_the_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_settings().recipe
+    monkeypatch.setenv("OLLAMA_MODEL_NAME", "other")
+    assert load_settings().recipe == before
+    monkeypatch.setenv("LORA_RANK", "4")
+    assert load_settings().recipe != before
