@@ -131,7 +131,7 @@ def merged_equals_base_plus_adapter(
 
     try:
         check = check_merge(
-            merged=merged_model.path,
+            merged_path=merged_model.path,
             base_model=base_model.resolve(log_progress(context)),
             adapter_path=promoted_adapter.stored_path,
             prompts=held_out_prompts(merged_dataset.eval_path, CHECK_PROMPTS),

@@ -9,7 +9,12 @@ from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.evaluation.models import EvalReport
 from finetune.planning.models import TrainingPlan
 from finetune.planning.plan import PlanOverrides, make_plan
+from finetune.progress import Progress
+from finetune.publishing import is_complete
+from finetune.registry.champion import champion_ref, decide
 from finetune.registry.models import RegisteredVersion
+from finetune.registry.promotion import champion, promote, settle
+from finetune.registry.store import get_version, register_adapter
 from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest, TrainingResult
 from lora_assets.assets.common import COMMON, OWNERS, PREFIX, SETTINGS, key, log_progress, path, picture, table
@@ -18,6 +23,18 @@ from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
 from resources.trainer import LoraTrainer
+
+# What the run log keeps of a training, and the registry of an evaluation.
+LOGGED = {"final_loss", "training_steps", "gpu_hours", "tokens_seen", "tokens_per_second", "peak_memory_gb"}
+EVALUATED = (
+    "eval_loss",
+    "eval_perplexity",
+    "base_loss",
+    "delta_vs_base_loss",
+    "token_accuracy",
+    "exact_match",
+    "base_exact_match",
+)
 
 
 class PlanConfig(dg.Config):
@@ -114,7 +131,7 @@ def adapter(
         adapter_dir=store.layout.adapter(run_id),
         work_dir=store.layout.work(run_id),
     )
-    result = run_log.logged_training(trainer, request, dagster_run_id=context.run.run_id, on_progress=report)
+    result = _train(context, trainer, run_log, request, report)
     return dg.MaterializeResult(
         value=result,
         data_version=dg.DataVersion(result.adapter_hash or run_id),
@@ -140,6 +157,31 @@ def adapter(
     )
 
 
+def _train(
+    context: dg.AssetExecutionContext,
+    trainer: LoraTrainer,
+    run_log: RunLog,
+    request: TrainingRequest,
+    report: Progress,
+) -> TrainingResult:
+    """Train under a row of the run log; an adapter that is there already is no training and gets no row."""
+    if is_complete(request.adapter_dir):
+        return trainer.train(request, on_progress=report, on_external_run=lambda run, url: None)
+    with run_log.recording(
+        run_id=request.run_id,
+        dataset_paths=[SETTINGS.exports / name for name in request.dataset.records_by_file],
+        base_model=request.base_model.name,
+        backend=trainer.backend,
+        date=request.date,
+        dagster_run_id=context.run.run_id,
+        dagster_root_run_id=context.run.get_root_run_id(),
+    ) as row:
+        result = trainer.train(request, on_progress=report, on_external_run=row.external_run)
+        metrics = result.model_dump(mode="json", include=LOGGED)
+        row.complete(result.adapter_path, {name: value for name, value in metrics.items() if value is not None})
+    return result
+
+
 @dg.asset(
     **COMMON,
     group_name="training",
@@ -158,8 +200,6 @@ def eval_report(
 ) -> dg.MaterializeResult[EvalReport]:
     """Evaluate on the prompts that training never saw."""
     from finetune.evaluation.evaluate import evaluate_adapter
-    from finetune.evaluation.plots import loss_comparison_png
-    from finetune.registry.store import champion_ref
 
     report = evaluate_adapter(
         base_model=base_model.resolve(log_progress(context)),
@@ -188,16 +228,19 @@ def eval_report(
             "base_exact_match": report.base_exact_match or 0.0,
             "records": report.records,
             "answers": table([answer.model_dump() for answer in report.answers]),
-            "comparison": picture(loss_comparison_png(report)),
+            "comparison": picture((report.path / "change.png").read_bytes()),
             "reused": report.reused,
         },
     )
 
 
 class PromotionConfig(dg.Config):
-    """Who becomes champion."""
+    """Who becomes champion, and what is exported."""
 
-    promote: bool = Field(False, description="Promote this version even if it does not beat the champion.")
+    promote: bool = Field(False, description="Promote this run's version even if it does not beat the champion.")
+    export_version: str | None = Field(
+        None, description="Export this registered version (as v3) instead, whoever reigns."
+    )
 
 
 @dg.multi_asset(
@@ -237,15 +280,17 @@ def registered_adapter(
     base_model: BaseModelSource,
 ) -> Iterator[dg.MaterializeResult[RegisteredVersion]]:
     """Give the adapter its version; hand it on only if it is, or is made, champion."""
-    from finetune.registry.promotion import register_and_decide
-
     base = base_model.resolve(log_progress(context), weights=False)
-    version = register_and_decide(
-        store.layout.registry,
+    registry, by = store.layout.registry, f"run {context.run.run_id}"
+    adapter_hash = eval_report.adapter_hash
+    version = register_adapter(
+        registry,
         adapter_path=store.layout.adapter(adapter.run_id),
-        training=adapter,
-        report=eval_report,
-        promote=config.promote,
+        adapter_hash=adapter_hash,
+        trial_id=training_plan.trial_config.trial_id,
+        run_id=adapter.run_id,
+        metrics={name: value for name in EVALUATED if (value := getattr(eval_report, name)) is not None},
+        tags={"backend": adapter.backend, "date": context.partition_key},
         lineage={
             "date": context.partition_key,
             "dataset_fingerprint": merged_dataset.fingerprint,
@@ -255,6 +300,11 @@ def registered_adapter(
             "recipe": SETTINGS.recipe,
         },
     )
+    if config.promote:
+        version = promote(registry, version.version, reason="its run's configuration said so", by=by)
+    else:
+        decision = decide(eval_report, champion(registry), adapter_hash=adapter_hash)
+        version = settle(registry, version.version, decision, by=by)
     context.log.info(f"{version.version} is {version.status}: {version.reason}")
     metadata = {
         "version": version.version,
@@ -264,13 +314,19 @@ def registered_adapter(
         "stored_path": path(version.stored_path),
         "metrics": dg.MetadataValue.json(dict(version.metrics)),
     }
-    data_version = dg.DataVersion(version.adapter_hash)
     yield dg.MaterializeResult(
-        asset_key=key("registered_adapter"), value=version, metadata=metadata, data_version=data_version
+        asset_key=key("registered_adapter"),
+        value=version,
+        metadata=metadata,
+        data_version=dg.DataVersion(version.adapter_hash),
     )
-    if version.status == "champion":
+    exported = get_version(registry, config.export_version) if config.export_version else version
+    if config.export_version or version.status == "champion":
         yield dg.MaterializeResult(
-            asset_key=key("promoted_adapter"), value=version, metadata=metadata, data_version=data_version
+            asset_key=key("promoted_adapter"),
+            value=exported,
+            metadata={"version": exported.version, "reason": exported.reason, "path": path(exported.stored_path)},
+            data_version=dg.DataVersion(exported.adapter_hash),
         )
     else:
         context.log.info(f"exports are skipped: {version.reason}")

@@ -1,0 +1,107 @@
+"""The code location: what it holds, and what loading it must not bring along."""
+
+import json
+import subprocess
+import sys
+
+import dagster as dg
+import pytest
+
+HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "matplotlib", "polars"]
+UNCONFIGURED = ["dagster_k8s", "dagster_postgres", "sqlalchemy", "alembic"]
+
+
+def modules_after_loading(environment: dict[str, str]) -> list[str]:
+    code = "import lora_assets.definitions, sys, json; print(json.dumps(sorted(sys.modules)))"
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "/usr/bin", **environment},
+    )
+    return list(json.loads(out.stdout))
+
+
+def test_loading_the_code_location_imports_no_heavy_library() -> None:
+    loaded = modules_after_loading({})
+    assert "dagster" in loaded, "otherwise the test looks at nothing"
+    assert [name for name in HEAVY + UNCONFIGURED if name in loaded] == []
+
+
+def test_the_kubernetes_executor_loads_only_in_a_pod() -> None:
+    loaded = modules_after_loading({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "BASE_MODEL_NAME": "llama3-8b"})
+    assert "dagster_k8s" in loaded
+    assert [name for name in HEAVY if name in loaded] == []
+
+
+@pytest.fixture(scope="module")
+def defs() -> dg.Definitions:
+    from lora_assets.definitions import defs
+
+    return defs
+
+
+GRAPH = {
+    "merged_dataset": {"brain_exports"},
+    "dataset_profile": {"merged_dataset"},
+    "training_plan": {"dataset_profile"},
+    "adapter": {"merged_dataset", "training_plan"},
+    "eval_report": {"adapter", "merged_dataset", "training_plan"},
+    "registered_adapter": {"adapter", "eval_report", "merged_dataset", "training_plan"},
+    "promoted_adapter": {"adapter", "eval_report", "merged_dataset", "training_plan"},
+    "merged_model": {"promoted_adapter", "merged_dataset"},
+    "gguf": {"merged_model", "promoted_adapter", "merged_dataset"},
+    "modelfile": {"gguf"},
+    "lmstudio_export": {"gguf"},
+}
+
+
+def test_the_assets_depend_on_each_other_as_designed(defs: dg.Definitions) -> None:
+    graph = defs.resolve_asset_graph()
+    found = {
+        key.path[-1]: {parent.path[-1] for parent in graph.get(key).parent_keys}
+        for key in graph.materializable_asset_keys
+    }
+    assert found == GRAPH
+
+
+def test_every_asset_has_what_a_person_reads_in_the_ui(defs: dg.Definitions) -> None:
+    graph = defs.resolve_asset_graph()
+    for key in graph.get_all_asset_keys():
+        node = graph.get(key)
+        assert node.description, key
+        assert node.owners, key
+        assert node.kinds, key
+        assert node.group_name in {"dataset", "training", "export"}, key
+        assert node.partitions_def is not None, key
+        if node.is_materializable:
+            assert node.code_version, key
+
+
+def test_gates_block_and_a_lost_comparison_does_not(defs: dg.Definitions) -> None:
+    blocking = {spec.key.name: spec.blocking for checks in defs.asset_checks or [] for spec in checks.check_specs}
+    assert blocking == {
+        "dataset_whole_and_not_empty": True,
+        "reject_rate_under_threshold": True,
+        "no_prompt_on_both_sides": True,
+        "adapter_whole_and_finite": True,
+        "adapter_beats_base": False,
+        "version_unaltered": True,
+        "merged_equals_base_plus_adapter": True,
+        "gguf_answers_like_merged_model": True,
+    }
+
+
+def test_secrets_are_references_in_the_definitions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_very_secret")
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me:very-secret@127.0.0.1/db")
+    monkeypatch.setenv("TRAINING_BACKEND", "h2o")
+    monkeypatch.setenv("H2O_API_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("H2O_API_KEY", "key-very-secret")
+    from lora_assets.definitions import build_definitions
+    from lora_assets.settings import load_settings
+
+    for name, resource in (build_definitions(load_settings()).resources or {}).items():
+        assert "very" not in repr(resource), name
+        assert "very" not in str(getattr(resource, "_resolved_config_dict", "")), name
