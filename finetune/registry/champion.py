@@ -1,0 +1,88 @@
+"""Champion or challenger: a pure decision from an evaluation.
+
+A candidate becomes champion if
+
+1. it beats its base model: the whole 95 % confidence interval of the change in loss lies below zero;
+2. and it beats the reigning champion in the same way, on the same held-out records.
+
+What cannot be compared is not promoted: an adapter on another base model than the champion's (their
+losses per token mean different things), or a report made against an earlier champion. Both stay
+challengers, and a person may promote them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from finetune.errors import ArtifactError
+from finetune.evaluation.models import ChampionRef, EvalReport
+from finetune.registry.models import Decision, RegisteredVersion
+from finetune.registry.promotion import champion
+
+
+def champion_ref(registry: Path) -> ChampionRef | None:
+    """The reigning champion as an evaluation wants it, or None before the first promotion."""
+    reigning = champion(registry)
+    if reigning is None:
+        return None
+    return ChampionRef(
+        version=reigning.version,
+        adapter_path=reigning.stored_path,
+        adapter_hash=reigning.adapter_hash,
+        base_fingerprint=reigning.base_fingerprint or "",
+    )
+
+
+def decide(report: EvalReport, reigning: RegisteredVersion | None, *, adapter_hash: str) -> Decision:
+    """Whether the evaluated adapter becomes champion.
+
+    Args:
+        report: its evaluation.
+        reigning: the version that reigns now, if any.
+        adapter_hash: the candidate's.
+
+    Raises:
+        ArtifactError: the report speaks of another adapter.
+    """
+    if report.adapter_hash != adapter_hash:
+        raise ArtifactError(
+            f"the evaluation is of the adapter {report.adapter_hash[:12]}, not of {adapter_hash[:12]}",
+            where=report.path,
+            remedy="Evaluate the adapter again",
+        )
+    against = None if reigning is None else reigning.version
+
+    def decision(champion: bool, reason: str) -> Decision:
+        return Decision(champion=champion, reason=reason, against=against)
+
+    if reigning is not None and reigning.adapter_hash == adapter_hash:
+        return decision(True, f"it is the reigning champion {against} itself")
+    on_base = _comparison("the base model", report.base_loss, report.eval_loss, report.delta_ci95)
+    if report.delta_ci95[1] >= 0:
+        return decision(False, f"not shown to be better than {on_base}")
+    if reigning is None:
+        return decision(True, f"the first champion: better than {on_base}")
+    if reigning.base_fingerprint != report.base_fingerprint:
+        return decision(
+            False,
+            f"better than {on_base}; but the champion {against} was trained on another base model, "
+            "with which its loss cannot be compared: promote it by hand if it shall take its place",
+        )
+    rival = report.champion
+    if rival is None or rival.adapter_hash != reigning.adapter_hash:
+        return decision(
+            False,
+            f"better than {on_base}; but it was not compared with the champion {against}, "
+            "which was promoted after the evaluation: evaluate it again",
+        )
+    on_champion = _comparison(f"the champion {against}", rival.champion_loss, report.eval_loss, rival.delta_ci95)
+    if rival.delta_ci95[1] >= 0:
+        return decision(False, f"not shown to be better than {on_champion}")
+    return decision(True, f"better than {on_champion}")
+
+
+def _comparison(rival: str, before: float, after: float, interval: tuple[float, float]) -> str:
+    return (
+        f"{rival}: loss {before:.4f} -> {after:.4f}, a change of {after - before:+.4f} nats per token "
+        f"(95 % confidence interval {interval[0]:+.4f} to {interval[1]:+.4f})"
+    )
