@@ -164,7 +164,7 @@ def gguf_answers_like_merged_model(
 
     try:
         verification = verify_gguf(
-            gguf,
+            export=gguf,
             merged=merged_model,
             prompts=held_out_prompts(merged_dataset.eval_path, CHECK_PROMPTS),
             on_progress=log_progress(context),

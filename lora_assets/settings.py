@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -80,6 +81,9 @@ class Settings(BaseSettings):
     max_length: int | None = Field(None, ge=8, description="Tokens per record; unset: the plan chooses.")
     micro_batch: int | None = Field(None, ge=1, description="Records per forward pass; unset: the plan chooses.")
     accumulation: int | None = Field(None, ge=1, description="Forward passes per step; unset: the plan chooses.")
+    train_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="What the plan is made for; auto: cuda in a pod or where nvidia-smi is, else cpu."
+    )
     vram_limit_gb: float | None = Field(None, gt=0, description="Memory of the card that the plan must fit.")
     seed: int = Field(42, description="Seed of everything random.")
 
@@ -143,6 +147,13 @@ class Settings(BaseSettings):
     def targets(self) -> list[str]:
         """The serving exports asked for."""
         return [target for target in self.export_targets.split(",") if target]
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        """What the plan is made for."""
+        if self.train_device != "auto":
+            return self.train_device
+        return "cuda" if on_kubernetes() or shutil.which("nvidia-smi") else "cpu"
 
     @property
     def recipe(self) -> str:

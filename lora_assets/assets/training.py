@@ -71,6 +71,7 @@ def training_plan(
         method=config.method,
         overrides=overrides,
         vram_limit_gb=config.vram_limit_gb,
+        device=SETTINGS.device,
     )
     trial, memory = plan.trial_config, plan.memory_estimate
     return dg.MaterializeResult(

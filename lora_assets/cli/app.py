@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from lora_assets.cli import demo, run, show
+from lora_assets.cli import demo, run, show, tools
 
 app = typer.Typer(
     name="lora-assets",
@@ -17,6 +17,10 @@ app.command(epilog="Example: lora-assets demo")(demo.demo)
 app.command(epilog="Example: DATA_ROOT=data/demo lora-assets dev --port 3000")(demo.dev)
 app.command(epilog="Example: lora-assets config --json")(show.config)
 app.command(epilog="Example: lora-assets runs --limit 5 --json")(show.runs)
+app.add_typer(tools.dataset_app, name="dataset")
+app.command(epilog="Example: lora-assets plan --base-model llama3-8b --vram-limit-gb 24")(tools.plan)
+app.command(epilog="Example: lora-assets evaluate --adapter A --dataset eval.jsonl --output report")(tools.evaluate)
+app.command(epilog="Example: lora-assets merge --base-model llama3-8b --adapter A --output merged")(tools.merge)
 
 
 def main() -> None:

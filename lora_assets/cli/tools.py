@@ -1,0 +1,221 @@
+"""The single steps of the loop on the command line, without Dagster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from pydantic import BaseModel
+
+from finetune.base_model.models import BaseModelRef
+from finetune.base_model.resolve import resolve_base_model
+from finetune.dataset.discovery import discover_exports
+from finetune.dataset.models import DatasetProfile
+from finetune.planning.models import Method, Task
+from finetune.progress import Progress, ProgressEvent, ignore_progress
+from lora_assets.cli.console import Json, err, plain_errors, print_json, print_table
+from lora_assets.settings import load_settings
+
+BaseModelOption = Annotated[
+    str | None, typer.Option("--base-model", help="Directory, hub name or short name; default: BASE_MODEL_NAME.")
+]
+AdapterOption = Annotated[Path, typer.Option("--adapter", help="Adapter directory in PEFT's layout.")]
+OutputOption = Annotated[Path, typer.Option("--output", help="Directory that is made, whole or not at all.")]
+
+dataset_app = typer.Typer(help="Prepare and profile datasets.", no_args_is_help=True)
+
+
+@dataset_app.command("prepare", epilog="Example: lora-assets dataset prepare examples/exports /tmp/root --json")
+@plain_errors
+def prepare(
+    source: Annotated[Path, typer.Argument(help="Directory of exports.")],
+    output: Annotated[Path, typer.Argument(help="Data root under which the dataset is published.")],
+    date: Annotated[str | None, typer.Option(help="Dataset date; default: the newest.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that validate.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Validate, deduplicate and split the exports of a directory."""
+    from finetune.dataset.prepare import prepare_dataset
+    from finetune.errors import DatasetError
+    from finetune.layout import DataLayout
+
+    settings = load_settings()
+    files = discover_exports(source, settings.pattern)
+    if not files:
+        raise DatasetError(f"no file is named {settings.pattern}", where=source, remedy="Set EXPORTS_PATTERN")
+    prepared = prepare_dataset(
+        files,
+        date=date or files[-1].date,
+        layout=DataLayout(output.absolute(), settings.pipeline_name),
+        parameters=settings.prepare_parameters,
+        workers=workers,
+        on_progress=progress(as_json),
+    )
+    show(prepared, as_json)
+
+
+@dataset_app.command("analyze", epilog="Example: lora-assets dataset analyze examples/exports --json")
+@plain_errors
+def analyze(
+    path: Annotated[Path, typer.Argument(help="JSONL, CSV, Parquet, a saved datasets directory, or a directory.")],
+    source_format: Annotated[
+        Literal["auto", "jsonl", "csv", "parquet", "hf"], typer.Option("--format", help="What the path holds.")
+    ] = "auto",
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Model whose tokenizer counts; without it nothing is said of tokens.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Profile any dataset: counts, columns, exact token statistics."""
+    from finetune.chat.encode import RecordEncoder
+    from finetune.dataset.profile import analyze as analyze_path
+
+    encoder = None if tokenizer is None else RecordEncoder.load(find_base(tokenizer, weights=False).path)
+    show(
+        analyze_path(path, format=source_format, encoder=encoder, tokenizer=tokenizer, on_progress=progress(as_json)),
+        as_json,
+    )
+
+
+@plain_errors
+def plan(
+    base_model: BaseModelOption = None,
+    dataset_profile: Annotated[
+        Path | None, typer.Option(help="JSON of `dataset analyze --json`; without it, a made-up small dataset.")
+    ] = None,
+    method: Annotated[Method, typer.Option(help="How to train.")] = "lora",
+    task: Annotated[Task, typer.Option(help="What the adapter is for.")] = "instruction",
+    vram_limit_gb: Annotated[float | None, typer.Option(help="Memory of the card in GB.")] = None,
+    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens per record.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Records per forward pass.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Plan a training: configuration, search space and memory, each choice with its reason."""
+    from finetune.planning.overrides import PlanOverrides
+    from finetune.planning.plan import make_plan
+
+    settings = load_settings()
+    profile = DatasetProfile.model_validate_json(dataset_profile.read_bytes()) if dataset_profile else ASSUMED_PROFILE
+    result = make_plan(
+        find_base(base_model, weights=False).path,
+        profile,
+        task=task,
+        method=method,
+        overrides=PlanOverrides(lora_rank=rank, max_length=max_length, micro_batch=micro_batch),
+        vram_limit_gb=vram_limit_gb or settings.vram_limit_gb,
+        device=settings.device,
+    )
+    show(result, as_json)
+
+
+# What a plan without a dataset is made for: a thousand records of a paragraph each.
+ASSUMED_PROFILE = DatasetProfile(
+    total_samples=1000,
+    format_detected="assumed",
+    has_instruction=True,
+    has_output=True,
+    avg_tokens=300,
+    max_tokens=1000,
+    columns=[],
+    duplicates_found=0,
+    total_tokens=300_000,
+)
+
+
+@plain_errors
+def evaluate(
+    adapter: AdapterOption,
+    dataset: Annotated[Path, typer.Option("--dataset", help="Held-out records as JSONL.")],
+    output: OutputOption,
+    base_model: BaseModelOption = None,
+    max_length: Annotated[int, typer.Option(min=8, help="Tokens per record, as in training.")] = 1024,
+    as_json: Json = False,
+) -> None:
+    """Compare an adapter with its base model on held-out records."""
+    from finetune.evaluation.evaluate import evaluate_adapter
+
+    report = evaluate_adapter(
+        base_model=find_base(base_model),
+        adapter_path=adapter,
+        dataset=dataset,
+        output_dir=output.absolute(),
+        run_id=adapter.name,
+        max_length=max_length,
+        on_progress=progress(as_json),
+    )
+    show(report, as_json)
+
+
+@plain_errors
+def merge(
+    adapter: AdapterOption,
+    output: OutputOption,
+    base_model: BaseModelOption = None,
+    output_format: Annotated[
+        Literal["safetensors", "pytorch"], typer.Option("--format", help="Files of the merged model.")
+    ] = "safetensors",
+    validate: Annotated[
+        bool, typer.Option("--validate/--no-validate", help="Compare with base + adapter on a few prompts.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Merge an adapter into its base model."""
+    from finetune.export.merge import merge_adapter
+
+    merged = merge_adapter(
+        base_model=find_base(base_model),
+        adapter_path=adapter,
+        output_dir=output.absolute(),
+        run_id=adapter.name,
+        output_format=output_format,
+        validate_on=VALIDATION_TEXTS if validate else None,
+        on_progress=progress(as_json),
+    )
+    show(merged, as_json)
+
+
+# Any text will do to compare two models that must be equal.
+VALIDATION_TEXTS = ["The quick brown fox jumps over", "Як працює градієнтний спуск?", "def main(): return 1 +"]
+
+
+def find_base(name: str | None, *, weights: bool = True) -> BaseModelRef:
+    """The base model of that name, or of the environment's."""
+    settings = load_settings()
+    return resolve_base_model(
+        name or settings.base_model_name,
+        cache_dir=settings.layout.base_models,
+        revision=settings.base_model_revision,
+        token=settings.hf_token.get_secret_value() if settings.hf_token else None,
+        trust_remote_code=settings.trust_remote_code,
+        weights=weights,
+        on_progress=progress(quiet=False),
+    )
+
+
+def progress(quiet: bool) -> Progress:
+    """A listener that writes to standard error, or to nowhere."""
+
+    def report(event: ProgressEvent) -> None:
+        err.print(str(event), markup=False)
+
+    return ignore_progress if quiet else report
+
+
+def show(result: BaseModel, as_json: bool) -> None:
+    """A result as JSON, or as a table of its simple values."""
+    values = result.model_dump(mode="json")
+    if as_json:
+        print_json(values)
+        return
+    rows = [[name, _text(value)] for name, value in values.items() if value not in (None, [], {})]
+    print_table(None, ["", ""], rows)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{name}: {_text(each)}" for name, each in value.items())
+    if isinstance(value, list):
+        return "\n".join(_text(each) for each in value[:20])
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
