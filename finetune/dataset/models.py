@@ -70,8 +70,22 @@ class Truncation(BaseModel):
     token_share: float
 
 
+class LongestRecord(BaseModel):
+    """One of the longest records: where it stands (``file:line``), its own id if it has one, its tokens."""
+
+    model_config = ConfigDict(frozen=True)
+
+    where: str
+    id: str | None
+    tokens: int
+
+
 class DatasetProfile(BaseModel):
-    """Counts, columns and exact token statistics of a dataset."""
+    """Counts, columns and exact token statistics of a dataset.
+
+    `percentiles` are lengths that occur; `script_shares` are of letters; `trained_token_share` is of
+    tokens that the loss counts; `rejected` lines or rows are no records, and in no other figure.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -93,3 +107,5 @@ class DatasetProfile(BaseModel):
     total_tokens: int | None = None
     trained_token_share: float | None = None
     tokenizer: str | None = None
+    rejected: int = 0
+    longest: list[LongestRecord] = []
