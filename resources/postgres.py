@@ -143,11 +143,13 @@ class EmbeddedPostgres:
 
     def _start(self) -> None:
         if self._pid_file_is_foreign():
-            # PostgreSQL only asks whether that process id lives, and would refuse to start.
+            # PostgreSQL only asks whether that process id exists, and would refuse to start.
             (self._cluster / "postmaster.pid").unlink()
         log = self._directory / "log"
         log.touch(mode=0o600)
         sockets = self._socket_directory()
+        for leftover in (_SOCKET_NAME, f"{_SOCKET_NAME}.lock"):
+            (sockets / leftover).unlink(missing_ok=True)
         if self._owner is not None:
             _let_others_pass(self._directory)
             os.chown(log, self._owner.pw_uid, self._owner.pw_gid)
@@ -183,7 +185,11 @@ class EmbeddedPostgres:
         return int(lines[0])
 
     def _pid_file_is_foreign(self) -> bool:
-        """Whether the process named in postmaster.pid lives, but is no PostgreSQL of this directory."""
+        """Whether the process named in postmaster.pid is no living PostgreSQL of this directory.
+
+        Another program may have got its number, or it is a zombie: where we are a container's first
+        process, nobody collects the dead.
+        """
         lines = _postmaster_lines(self._cluster)
         if not lines or not lines[0].isdigit() or not Path("/proc/self").exists():
             return False
@@ -191,7 +197,7 @@ class EmbeddedPostgres:
             command_line = Path(f"/proc/{lines[0]}/cmdline").read_bytes()
         except OSError:
             return False
-        return bool(command_line) and os.fsencode(self._cluster) not in command_line
+        return os.fsencode(self._cluster) not in command_line
 
     def _socket_directory(self) -> Path:
         directory = self._directory / "socket"
@@ -239,7 +245,7 @@ class EmbeddedPostgres:
                 return
             output.seek(0)
             said = output.read().decode(errors="replace").strip()
-        detail = " | ".join(filter(None, [said.splitlines()[-1] if said else "", self._log_tail()]))
+        detail = " | ".join(filter(None, [" / ".join(said.splitlines()[-4:]), self._log_tail()]))
         if "No space left on device" in said + detail:
             raise StorageFullError(
                 "no space left on the disk for the embedded PostgreSQL",

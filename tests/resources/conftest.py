@@ -1,0 +1,37 @@
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from resources.postgres import EmbeddedPostgres
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[EmbeddedPostgres]:
+    """One real embedded PostgreSQL for the tests of this directory."""
+    with tempfile.TemporaryDirectory(prefix="la-", dir="/tmp") as directory:
+        server = EmbeddedPostgres(Path(directory))
+        yield server
+        server.close()
+
+
+@pytest.fixture
+def database(postgres: EmbeddedPostgres, request: pytest.FixtureRequest) -> Iterator[str]:
+    """The URL of an empty database of the test's own."""
+    import sqlalchemy as sa
+
+    name = f"test_{abs(hash(request.node.nodeid)):x}"
+    server = sa.create_engine(postgres.url, isolation_level="AUTOCOMMIT", poolclass=sa.NullPool)
+    with server.connect() as connection:
+        connection.execute(sa.text(f"CREATE DATABASE {name}"))
+    yield postgres.url.replace("/postgres?", f"/{name}?")
+    with server.connect() as connection:
+        connection.execute(sa.text(f"DROP DATABASE {name} WITH (FORCE)"))
+
+
+@pytest.fixture
+def short_directory() -> Iterator[Path]:
+    """A directory whose path is short enough for a unix socket, whatever pytest's own is like."""
+    with tempfile.TemporaryDirectory(prefix="la-", dir="/tmp") as directory:
+        yield Path(directory)
