@@ -24,15 +24,14 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from finetune.errors import ConfigurationError, FinetuneError, RemoteError
 from finetune.layout import DataLayout
 from resources.postgres import EmbeddedPostgres
+from resources.trainer import BACKEND_LABELS, Backend
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
 
 _logger = logging.getLogger(__name__)
 
-Backend = Literal["hf-peft", "h2o"]
 Status = Literal["RUNNING", "COMPLETED", "FAILED"]
-BACKEND_LABELS: Mapping[str, str] = {"hf-peft": "Local Training (PEFT)", "h2o": "Remote Training (H2O)"}
 
 _CONNECT_ATTEMPTS = 3
 _SELECT = """

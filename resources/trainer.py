@@ -1,0 +1,49 @@
+"""The switch between local and remote training: one abstract resource, two that are it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import dagster as dg
+
+from finetune.progress import Progress
+from finetune.training.models import TrainingRequest, TrainingResult
+
+Backend = Literal["hf-peft", "h2o"]
+BACKEND_LABELS: Mapping[str, str] = {"hf-peft": "Local Training (PEFT)", "h2o": "Remote Training (H2O)"}
+
+# Called with a remote experiment's id and a link to it, as soon as there is one.
+OnExternalRun = Callable[[str, str], None]
+
+
+class LoraTrainer(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]  # generic in the value handed to assets: itself
+    """Makes an adapter of a request; whoever asks does not learn where it was trained."""
+
+    @property
+    @abstractmethod
+    def backend(self) -> Backend:
+        """The name in ``TRAINING_BACKEND`` and in the run log."""
+
+    @property
+    def label(self) -> str:
+        """What a person reads, such as ``Remote Training (H2O)``."""
+        return BACKEND_LABELS[self.backend]
+
+    @abstractmethod
+    def train(
+        self, request: TrainingRequest, *, on_progress: Progress, on_external_run: OnExternalRun
+    ) -> TrainingResult:
+        """Train, and publish the adapter in PEFT's layout at `request.adapter_dir`.
+
+        Safe to be killed and called again with the same request: work in progress is continued, and a
+        complete adapter is handed back as it is.
+
+        Args:
+            request: what to train, and where to put it.
+            on_progress: told of steps and losses.
+            on_external_run: told of the remote experiment, before anything is waited for.
+
+        Raises:
+            PermanentError: trying again cannot help.
+            TransientError: trying again later may help.
+        """
