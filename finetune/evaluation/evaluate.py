@@ -61,7 +61,7 @@ def evaluate_adapter(
         dataset: held-out records, JSONL.
         output_dir: where the report is published.
         run_id: the training's id.
-        champion: the reigning champion; compared only if it was trained on the same base model.
+        champion: the reigning champion; compared if it is another adapter of the same base model.
         max_length: records are cut at so many tokens, as in training.
         on_progress: told of every batch.
         sample_answers: how many held-out questions are answered side by side.
@@ -74,13 +74,13 @@ def evaluate_adapter(
     """
     check_adapter(adapter_path)
     hash_of_adapter = adapter_hash(adapter_path)
-    if champion is not None and champion.base_fingerprint != base_model.fingerprint:
+    reigns_already = champion is not None and champion.adapter_hash == hash_of_adapter
+    if champion is not None and (reigns_already or champion.base_fingerprint != base_model.fingerprint):
         champion = None
     inputs = {
         "base_fingerprint": base_model.fingerprint,
         "adapter_hash": hash_of_adapter,
         "dataset_sha256": sha256_file(dataset) if dataset.is_file() else None,
-        "champion": None if champion is None else [champion.version, champion.adapter_hash],
     }
     parameters = {
         "method": _METHOD,
@@ -89,7 +89,9 @@ def evaluate_adapter(
         "sample_answers": sample_answers,
         "seed": seed,
     }
-    if (known := _published(output_dir, inputs, parameters)) is not None:
+    known = _published(output_dir, inputs, parameters)
+    # A candidate that has become champion is not compared again: against itself there is nothing to win.
+    if known is not None and (reigns_already or _compared_with(known) == _hash_of(champion)):
         return known
 
     started = time.monotonic()
@@ -97,26 +99,32 @@ def evaluate_adapter(
     held_out = read_heldout(dataset, encoder, max_length=max_length)
     questions = sample_questions(held_out.records, encoder, count=sample_answers, max_length=max_length, seed=seed)
     model = load_base(base_model)
-    # A champion that is the candidate itself need not be measured twice.
-    rival = champion if champion is not None and champion.adapter_hash != hash_of_adapter else None
     measure = _Measure(
         held_out=held_out,
         questions=questions,
         encoder=encoder,
         vocabulary=model.config.get_text_config().vocab_size,
         on_progress=on_progress,
-        rounds=2 if rival is None else 3,
+        rounds=2 if champion is None else 3,
     )
     base_scores, base_answers = measure.scores(model, "the base model", base_model.path), measure.answers(model)
     with attached(model, adapter_path) as adapted:
         scores, answers = measure.scores(adapted, "the adapter", adapter_path), measure.answers(adapted)
-    champion_scores = scores
-    if rival is not None:
-        with attached(model, rival.adapter_path) as reigning:
-            champion_scores = measure.scores(reigning, f"the champion {rival.version}", rival.adapter_path)
 
     def interval(other: Scores) -> tuple[float, float]:
         return bootstrap_ci95(scores.nats - other.nats, scores.tokens, resamples=_RESAMPLES, seed=seed)
+
+    comparison = None
+    if champion is not None:
+        with attached(model, champion.adapter_path) as reigning:
+            rival = measure.scores(reigning, f"the champion {champion.version}", champion.adapter_path)
+        comparison = ChampionComparison(
+            version=champion.version,
+            adapter_hash=champion.adapter_hash,
+            champion_loss=rival.loss,
+            delta_vs_champion=scores.loss - rival.loss,
+            delta_ci95=interval(rival),
+        )
 
     report = EvalReport(
         path=output_dir,
@@ -140,15 +148,7 @@ def evaluate_adapter(
         base_fingerprint=base_model.fingerprint,
         adapter_hash=hash_of_adapter,
         dataset_sha256=str(inputs["dataset_sha256"]),
-        champion=None
-        if champion is None
-        else ChampionComparison(
-            version=champion.version,
-            adapter_hash=champion.adapter_hash,
-            champion_loss=champion_scores.loss,
-            delta_vs_champion=scores.loss - champion_scores.loss,
-            delta_ci95=interval(champion_scores),
-        ),
+        champion=comparison,
         by_format=groups([record_format(record) for record in held_out.records], base_scores, scores),
         by_source=groups([source_of(record) or "(none)" for record in held_out.records], base_scores, scores)[
             :_SOURCES
@@ -243,3 +243,11 @@ def _published(output_dir: Path, inputs: dict[str, Any], parameters: dict[str, A
     except (ArtifactError, ValidationError):
         return None
     return report.model_copy(update={"path": output_dir, "reused": True})
+
+
+def _compared_with(report: EvalReport) -> str | None:
+    return None if report.champion is None else report.champion.adapter_hash
+
+
+def _hash_of(champion: ChampionRef | None) -> str | None:
+    return None if champion is None else champion.adapter_hash

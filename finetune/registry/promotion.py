@@ -83,8 +83,9 @@ def rollback(registry: Path, *, reason: str, by: str) -> RegisteredVersion:
 def settle(registry: Path, version: str, decision: Decision, *, by: str) -> RegisteredVersion:
     """Act on a decision: promote the version, or note why it stays challenger.
 
-    The decision holds only while the champion that it was taken against still reigns, and a version
-    that was rolled back is promoted again by hand alone. Settling the same decision twice adds nothing.
+    The decision holds only while the champion that it was taken against still reigns. A version that
+    reigned before returns by hand alone, so that running an old date again, or after a rollback, changes
+    nothing. Settling the same decision twice adds nothing.
 
     Raises:
         ArtifactError: there is no such version.
@@ -138,8 +139,9 @@ def _refusal(version: str, decision: Decision, reigning: str | None, events: lis
     if not decision.champion:
         return decision.reason
     moves = [event for event in events if event.action != "refuse" and version in (event.version, event.replaced)]
-    if moves and moves[-1].action == "rollback":
-        return f"{moves[-1].by} rolled it back ({moves[-1].reason}), so only a person promotes it again"
+    if moves:
+        last = moves[-1]
+        return f"{last.version} took its place by {last.action} ({last.reason}), so only a person promotes it again"
     if reigning != decision.against:
         return (
             f"it was compared with {decision.against or 'no champion'} while {reigning or 'no champion'} reigns: "

@@ -105,18 +105,22 @@ def test_a_champion_on_another_base_model_is_not_compared(
     assert found.champion is None
 
 
-def test_the_candidate_that_reigns_already_equals_itself(
-    random_base: BaseModelRef, random_adapter: Path, held_out_file: Path, tmp_path: Path
+def test_the_report_of_a_candidate_that_has_become_champion_is_used_again(
+    make_adapter: MakeAdapter, random_base: BaseModelRef, random_adapter: Path, held_out_file: Path, tmp_path: Path
 ) -> None:
-    champion = ChampionRef(
-        version="v1",
-        adapter_path=random_adapter,
-        adapter_hash=adapter_hash(random_adapter),
-        base_fingerprint="random-0",
-    )
-    found = evaluate(random_base, random_adapter, held_out_file, tmp_path / "out", champion=champion)
-    assert found.champion is not None
-    assert found.champion.delta_vs_champion == 0
+    def as_champion(version: str, adapter: Path) -> ChampionRef:
+        return ChampionRef(
+            version=version, adapter_path=adapter, adapter_hash=adapter_hash(adapter), base_fingerprint="random-0"
+        )
+
+    older = as_champion("v1", make_adapter(random_base, tmp_path / "older", seed=5))
+    itself = as_champion("v2", random_adapter)
+    first = evaluate(random_base, random_adapter, held_out_file, tmp_path / "out", champion=older)
+    again = evaluate(random_base, random_adapter, held_out_file, tmp_path / "out", champion=itself)
+    assert again.reused
+    assert again.champion == first.champion
+    assert evaluate(random_base, random_adapter, held_out_file, tmp_path / "out", champion=older).reused
+    assert not evaluate(random_base, random_adapter, held_out_file, tmp_path / "out").reused
 
 
 def test_the_figures_of_a_report_agree_with_each_other(report: EvalReport) -> None:

@@ -85,9 +85,17 @@ def test_a_version_that_was_rolled_back_returns_by_hand_only(three: Path) -> Non
     rollback(three, reason="answers rudely", by="boris")
     kept = settle(three, "v2", better, by="run-2")
     assert kept.status == "retired"
-    assert "boris rolled it back (answers rudely)" in kept.reason
+    assert "v1 took its place by rollback (answers rudely)" in kept.reason
     assert settle(three, "v2", better, by="run-2") == kept
     assert promote(three, "v2", reason="it was the prompt", by="boris").status == "champion"
+
+
+def test_a_version_that_was_outdone_does_not_return_by_running_its_date_again(three: Path) -> None:
+    settle(three, "v1", Decision(champion=True, reason="first", against=None), by="run-1")
+    settle(three, "v2", Decision(champion=True, reason="better", against="v1"), by="run-2")
+    kept = settle(three, "v1", Decision(champion=True, reason="better on its own date", against="v2"), by="run-3")
+    assert kept.status == "retired"
+    assert "only a person promotes it again" in kept.reason
 
 
 def test_a_decision_against_a_champion_that_no_longer_reigns_is_not_carried_out(three: Path) -> None:
