@@ -28,6 +28,7 @@ def fetch_from_hub(
     trust_remote_code: bool,
     weights: bool,
     on_progress: Progress,
+    endpoint: str | None = None,
 ) -> tuple[Path, str]:
     """Download a repository, or take it from the cache when the hub can't be reached.
 
@@ -40,6 +41,7 @@ def fetch_from_hub(
         trust_remote_code: fetch Python files too.
         weights: False leaves the weights out.
         on_progress: told before and after.
+        endpoint: the hub's address; the client's own (``HF_ENDPOINT``) where None.
 
     Returns:
         The snapshot's directory and its commit.
@@ -60,11 +62,12 @@ def fetch_from_hub(
         RevisionNotFoundError,
     )
 
+    endpoint = endpoint or constants.ENDPOINT
     cache = cache_dir / "hub"
     where = f"BASE_MODEL_NAME={given}"
     tried = (
         f"tried the directory {Path(given).expanduser().absolute()}, the short names, and the hub repository "
-        f"{repository} at revision {revision or 'main'} on {constants.ENDPOINT}"
+        f"{repository} at revision {revision or 'main'} on {endpoint}"
     )
 
     def snapshot(patterns: list[str], *, offline: bool) -> tuple[Path, str]:
@@ -73,6 +76,7 @@ def fetch_from_hub(
                 repository,
                 revision=revision,
                 token=token,
+                endpoint=endpoint,
                 cache_dir=cache,
                 allow_patterns=patterns,
                 ignore_patterns=["original/*", "onnx/*"],
@@ -86,7 +90,7 @@ def fetch_from_hub(
             on_progress(ProgressEvent(f"fetching {repository}", 0, 1, "models"))
             names = [
                 sibling.rfilename
-                for sibling in HfApi().model_info(repository, revision=revision, token=token).siblings or []
+                for sibling in HfApi(endpoint).model_info(repository, revision=revision, token=token).siblings or []
             ]
             fetched = snapshot(_patterns(names, weights=weights, code=trust_remote_code), offline=False)
             on_progress(ProgressEvent(f"fetching {repository}", 1, 1, "models"))
@@ -95,7 +99,7 @@ def fetch_from_hub(
         raise BaseModelError(
             f"the base model is gated and this token has no access ({tried})",
             where=where,
-            remedy=f"Accept its licence at {constants.ENDPOINT}/{repository} and set HF_TOKEN to a token of that account",
+            remedy=f"Accept its licence at {endpoint}/{repository} and set HF_TOKEN to a token of that account",
         ) from error
     except RevisionNotFoundError as error:
         raise BaseModelError(
@@ -111,12 +115,12 @@ def fetch_from_hub(
         ) from error
     except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         try:
-            return snapshot(_patterns([], weights=weights, code=trust_remote_code) + ["*.safetensors"], offline=True)
+            return snapshot(_patterns([], weights=weights, code=trust_remote_code), offline=True)
         except LocalEntryNotFoundError:
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise BaseModelError(
                 f"the base model can't be reached and is not in the cache {cache} ({tried}): {reason}",
                 where=where,
-                remedy="Check the network or HF_ENDPOINT, or download the model elsewhere and set BASE_MODEL_NAME to its "
+                remedy="Check the network and HF_ENDPOINT, or copy the model here and set BASE_MODEL_NAME to its "
                 "directory; unset it for the embedded model",
             ) from error

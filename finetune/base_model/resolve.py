@@ -48,6 +48,7 @@ def resolve_base_model(
     trust_remote_code: bool = False,
     weights: bool = True,
     on_progress: Progress = ignore_progress,
+    endpoint: str | None = None,
 ) -> BaseModelRef:
     """Bring the base model into a local directory and check it.
 
@@ -60,6 +61,7 @@ def resolve_base_model(
         trust_remote_code: fetch the repository's Python files too.
         weights: False fetches and checks configuration, tokenizer and chat template only.
         on_progress: told about pre-training and downloads.
+        endpoint: the hub's address; the client's own (``HF_ENDPOINT``) where None.
 
     Raises:
         BaseModelError: the name can't be resolved or reached, or what it names is incomplete.
@@ -92,6 +94,7 @@ def resolve_base_model(
         trust_remote_code=trust_remote_code,
         weights=weights,
         on_progress=on_progress,
+        endpoint=endpoint,
     )
     check_model_directory(path, weights=weights)
     return BaseModelRef(name=repository, path=path, revision=commit, fingerprint=commit)
