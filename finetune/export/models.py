@@ -48,6 +48,10 @@ class GgufVerification(BaseModel):
     prompts: int
     # share of greedy tokens equal to the merged model's, for each file by its name
     greedy_agreement: dict[str, float]
+    # mean Kullback-Leibler divergence from the merged model, nats per token, for each file
+    divergence: dict[str, float] = {}
+    # of the merged model's answers, by the merged model and by each file
+    perplexity: dict[str, float] = {}
     sample_question: str
     sample_answer: str
     base_answer: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -24,7 +25,14 @@ if TYPE_CHECKING:
 _WORKER = Path(__file__).with_name("runtime_worker.py")
 _LOAD_TIMEOUT = 600
 _ANSWER_TIMEOUT = 600
+_ONE_THREAD_BELOW = 200 * 2**20
 _REMEDY = "Delete the gguf directory and materialize the asset again"
+
+
+def _threads(model: Path) -> int:
+    # Threads of ggml meet by spinning: on a busy machine two of them take ten times as long as one over a small model.
+    small = model.is_file() and model.stat().st_size < _ONE_THREAD_BELOW
+    return 1 if small else os.cpu_count() or 1
 
 
 class GgufRuntime:
@@ -37,17 +45,16 @@ class GgufRuntime:
         model: the GGUF file.
         adapter: a GGUF LoRA adapter to put on top of it.
         context: room for prompt and answer, in tokens.
-        threads: how many threads compute.
     """
 
-    def __init__(self, model: Path, adapter: Path | None = None, *, context: int = 2048, threads: int = 2) -> None:
+    def __init__(self, model: Path, adapter: Path | None = None, *, context: int = 2048) -> None:
         self.model = model
         self.adapter = adapter
         self._request = {
             "model": str(model),
             "adapter": str(adapter) if adapter else None,
             "context": context,
-            "threads": threads,
+            "threads": _threads(model),
         }
 
     def __enter__(self) -> GgufRuntime:
@@ -124,15 +131,21 @@ class GgufRuntime:
         answer = self._post("/completion", body | {"return_tokens": True, "cache_prompt": False})
         return [int(token) for token in answer["tokens"]]
 
-    def distributions(self, ids: Sequence[int], max_tokens: int, top: int) -> tuple[list[int], list[dict[int, float]]]:
-        """As `complete`, with the log-probabilities of the `top` likeliest tokens at each step, by token id."""
+    def complete_with_distributions(
+        self, ids: Sequence[int], max_tokens: int, top: int
+    ) -> tuple[list[int], list[tuple[int, dict[int, float]]]]:
+        """As `complete`, with the log-probabilities of the `top` likeliest tokens, by id, behind each token.
+
+        llama.cpp's server leaves out tokens after which the text ends within a UTF-8 character, so
+        every distribution comes with the token that was chosen from it.
+        """
         body = {"prompt": list(ids), "n_predict": max_tokens, "temperature": 0, "top_k": 1, "n_probs": top}
         answer = self._post("/completion", body | {"return_tokens": True, "cache_prompt": False})
-        steps = [
-            {int(entry["id"]): float(entry["logprob"]) for entry in step["top_logprobs"]}
-            for step in answer["completion_probabilities"]
+        chosen = [
+            (int(step["id"]), {int(entry["id"]): float(entry["logprob"]) for entry in step["top_logprobs"]})
+            for step in answer.get("completion_probabilities", [])
         ]
-        return [int(token) for token in answer["tokens"]], steps
+        return [int(token) for token in answer["tokens"]], chosen
 
     def render(self, messages: Sequence[Message]) -> str:
         """The prompt that the GGUF file's own chat template makes of a conversation."""
