@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.nn import Module
     from transformers import PreTrainedModel
 
+_BASE_REMEDY = "Delete the directory to have it made or downloaded again, or set BASE_MODEL_NAME to another model"
 _REMEDY = "Train the adapter again, or evaluate it with the base model that it was trained on"
 
 
@@ -34,15 +35,26 @@ def load_base(base_model: BaseModelRef) -> PreTrainedModel:
 
     gpu = torch.cuda.is_available()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base_model.path, dtype="auto" if gpu else torch.float32, local_files_only=True
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            base_model.path,
+            dtype="auto" if gpu else torch.float32,
+            local_files_only=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(
             f"the base model {base_model.name} cannot be loaded: {error}",
             where=base_model.path,
-            remedy="Delete the directory to have it made or downloaded again, or set BASE_MODEL_NAME to another model",
+            remedy=_BASE_REMEDY,
         ) from error
+    # What a checkpoint lacks is filled with random numbers, and only a warning says so.
+    if loading["missing_keys"] or loading["mismatched_keys"]:
+        lacking = sorted(map(str, loading["missing_keys"] or loading["mismatched_keys"]))
+        raise BaseModelError(
+            f"the base model {base_model.name} lacks {len(lacking)} tensors such as {lacking[0]}",
+            where=base_model.path,
+            remedy=_BASE_REMEDY,
+        )
     return model.to("cuda" if gpu else "cpu").eval()
 
 

@@ -13,8 +13,21 @@ from finetune.publishing import canonical_json
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
-# Where the base model lay, not what the adapter is.
-_PLACES = ("base_model_name_or_path", "revision")
+# They name places and versions of libraries, not what the adapter does.
+_IGNORED = frozenset({"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode"})
+# PyTorch's names of the types that safetensors has; hashes are told in them.
+_TYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
 _CHUNK = 1 << 20
 _REMEDY = "Train the adapter again, or restore its directory from a backup"
 
@@ -40,8 +53,8 @@ def read_adapter_config(adapter_path: Path) -> dict[str, Any]:
 def adapter_hash(adapter_path: Path) -> str:
     """SHA-256 in hexadecimal of an adapter's tensors (by name) and configuration (sorted keys).
 
-    Neither the order of tensors in the file nor the place of the base model matters. Reads the
-    safetensors format itself (8 bytes of header length, JSON header, data), so no training library is
+    Neither the order of tensors in the file nor the base model's place nor the library's version matters.
+    Reads the safetensors format itself (8 bytes of header length, JSON header, data), so no training library is
     needed.
 
     Raises:
@@ -58,7 +71,9 @@ def adapter_hash(adapter_path: Path) -> str:
             tensors.pop("__metadata__", None)
             for name, tensor in sorted(tensors.items()):
                 begin, end = tensor["data_offsets"]
-                digest.update(canonical_json([name, tensor["dtype"], tensor["shape"]]))
+                digest.update(
+                    canonical_json([name, f"torch.{_TYPES.get(tensor['dtype'], tensor['dtype'])}", tensor["shape"]])
+                )
                 stream.seek(8 + header_length + begin)
                 remaining = end - begin
                 while remaining:
@@ -79,5 +94,5 @@ def _without_order(config: dict[str, Any]) -> dict[str, Any]:
     return {
         key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
         for key, value in config.items()
-        if key not in _PLACES
+        if key not in _IGNORED
     }

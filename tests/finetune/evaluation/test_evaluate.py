@@ -286,13 +286,34 @@ def test_a_damaged_adapter_is_an_error_and_never_a_score(
     assert not (tmp_path / "out").exists()
 
 
+def damage_base_garbage(weights: Path) -> None:
+    weights.write_bytes(b"garbage")
+
+
+def damage_base_drop_tensor(weights: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(weights)
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [(damage_base_garbage, "cannot be loaded"), (damage_base_drop_tensor, "lacks 1 tensors such as .*up_proj")],
+)
 def test_a_damaged_base_model_is_named(
-    random_base: BaseModelRef, random_adapter: Path, held_out_file: Path, tmp_path: Path
+    damage: Callable[[Path], None],
+    message: str,
+    random_base: BaseModelRef,
+    random_adapter: Path,
+    held_out_file: Path,
+    tmp_path: Path,
 ) -> None:
     broken = tmp_path / "base"
     shutil.copytree(random_base.path, broken)
-    (broken / "model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(BaseModelError, match="cannot be loaded"):
+    damage(broken / "model.safetensors")
+    with pytest.raises(BaseModelError, match=message):
         evaluate(random_base.model_copy(update={"path": broken}), random_adapter, held_out_file, tmp_path / "out")
 
 
