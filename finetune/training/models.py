@@ -41,6 +41,9 @@ class TrainingResult(BaseModel):
     peak_memory_gb: float | None = None
     seconds: float = 0.0
     external_run_id: str | None = None
+    # the step that the last attempt went on from, 0 when it started afresh
+    resumed_from_step: int = 0
+    trainable_params: int | None = None
     reused: bool = False
 
 
@@ -57,3 +60,5 @@ class TrainingRequest(BaseModel):
     # where the adapter is published, and where checkpoints live meanwhile
     adapter_dir: Path
     work_dir: Path
+    # seconds between checkpoints; 0 takes one after every optimizer step
+    checkpoint_seconds: float = 120.0

@@ -1,0 +1,125 @@
+"""The base model in memory, and the adapter's configuration for each method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from finetune.base_model.models import BaseModelRef
+from finetune.errors import BaseModelError, ConfigurationError
+from finetune.planning.model_config import ModelShape
+from finetune.planning.models import TrialConfig
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+    from transformers import PreTrainedModel
+
+
+def peft_config(shape: ModelShape, trial: TrialConfig) -> PeftConfig:
+    """PEFT's configuration of the plan's method.
+
+    Raises:
+        ConfigurationError: the method is not trained, or `target_modules` names a module that the model lacks.
+    """
+    from peft import IA3Config, LoraConfig, PrefixTuningConfig
+
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    match trial.method:
+        case "lora" | "qlora":
+            return LoraConfig(
+                **common,
+                r=trial.lora_rank,
+                lora_alpha=trial.lora_alpha,
+                lora_dropout=trial.lora_dropout,
+                target_modules=[linear.name for linear in shape.targets(trial.target_modules)],
+                use_rslora=trial.use_rslora,
+                use_dora=trial.use_dora,
+                init_lora_weights="pissa" if trial.use_pissa else True,
+            )
+        case "prefix":
+            return PrefixTuningConfig(**common, num_virtual_tokens=trial.virtual_tokens)
+        case "ia3":
+            modules = list(shape.ia3_modules)
+            return IA3Config(**common, target_modules=modules, feedforward_modules=modules[-1:])
+        case _:
+            raise ConfigurationError(
+                f"the method {trial.method} is estimated in plans but not trained",
+                where="method",
+                remedy="Choose lora, qlora, prefix or ia3",
+            )
+
+
+def refuse_missing_hardware(trial: TrialConfig) -> None:
+    """Check that this machine can train as the configuration says, before anything is loaded.
+
+    Raises:
+        ConfigurationError: a GPU is needed and none is there, or bitsandbytes is missing.
+    """
+    import importlib.util
+
+    import torch
+
+    needs_gpu = {
+        "flash attention": trial.attention == "flash_attention_2",
+        f"the optimizer {trial.optimizer}": trial.optimizer.startswith("paged_"),
+    }
+    missing = [name for name, needed in needs_gpu.items() if needed]
+    if missing and not torch.cuda.is_available():
+        raise ConfigurationError(
+            f"{missing[0]} needs a GPU, and PyTorch sees none here",
+            where=f"the plan's trial {trial.trial_id}",
+            remedy="Run on a machine with an NVIDIA GPU and its driver, or plan for the CPU",
+        )
+    needs_bitsandbytes = trial.method == "qlora" or trial.optimizer.endswith("_8bit")
+    if needs_bitsandbytes and importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigurationError(
+            "qlora and 8-bit optimizers need bitsandbytes, which is not installed",
+            where=f"the plan's trial {trial.trial_id}",
+            remedy="Install lora-assets[train], or choose the method lora",
+        )
+
+
+def load_base_model(base_model: BaseModelRef, trial: TrialConfig) -> PreTrainedModel:
+    """The base model as the plan wants it: its precision, its attention, in 4 bits for qlora.
+
+    Raises:
+        BaseModelError: the weights are missing, damaged, or not those of the configuration.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    dtype = torch.bfloat16 if trial.precision == "bf16" else torch.float32
+    options: dict[str, Any] = {}
+    if trial.method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    remedy = "Download the base model again, or point BASE_MODEL_NAME at a whole model directory"
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            base_model.path,
+            dtype=dtype,
+            attn_implementation=trial.attention,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    # The libraries below raise many kinds of errors for a damaged file; all of them mean the same.
+    except Exception as error:
+        raise BaseModelError(
+            f"the base model {base_model.name} cannot be loaded: {error}", where=base_model.path, remedy=remedy
+        ) from error
+    # What a checkpoint lacks is filled with random numbers, and only a warning says so.
+    for kind in ("missing_keys", "mismatched_keys"):
+        if loading.get(kind):
+            names = ", ".join(sorted(map(str, loading[kind]))[:3])
+            raise BaseModelError(
+                f"the base model {base_model.name} has {kind.replace('_', ' ')}: {names}",
+                where=base_model.path,
+                remedy=remedy,
+            )
+    return model

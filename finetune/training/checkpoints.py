@@ -1,0 +1,46 @@
+"""Checkpoints of a training: which are whole, and which to go on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from finetune.publishing import sha256_file, write_json_atomically
+
+_MARK = "complete.json"
+_PREFIX = "checkpoint-"
+
+
+def seal_checkpoint(directory: Path, state: dict[str, Any]) -> None:
+    """Declare a checkpoint whole: its files' SHA-256 and our own `state` go into ``complete.json``, written last."""
+    files = {file.name: sha256_file(file) for file in sorted(directory.iterdir()) if file.name != _MARK}
+    write_json_atomically(directory / _MARK, {"files": files, "state": state})
+
+
+def newest_complete(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose files are as they were when it was sealed, and its state.
+
+    A checkpoint that was not finished or was damaged since is skipped for the one before it.
+    """
+    found = [path for path in checkpoints.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
+    for path in sorted(found, key=step_of, reverse=True):
+        state = _state_if_whole(path)
+        if state is not None:
+            return path, state
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint was taken after."""
+    return int(checkpoint.name.removeprefix(_PREFIX))
+
+
+def _state_if_whole(checkpoint: Path) -> dict[str, Any] | None:
+    try:
+        seal = json.loads((checkpoint / _MARK).read_bytes())
+        whole = all(sha256_file(checkpoint / name) == digest for name, digest in seal["files"].items())
+        state: dict[str, Any] = seal["state"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return state if whole else None

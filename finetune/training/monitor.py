@@ -1,0 +1,196 @@
+"""What watches a training step by step: progress, log, divergence, checkpoints, SIGTERM."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import TrainingError
+from finetune.progress import Progress, ProgressEvent
+from finetune.training.checkpoints import newest_complete, seal_checkpoint
+from finetune.training.data import Ints
+from finetune.training.models import LossPoint
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers import TrainerControl, TrainerState
+
+_REPORT_SECONDS = 2.0
+# Steps whose mean loss is compared with the beginning's, and how far it may rise before the run is given up.
+_WINDOW = 20
+_RISE_FACTOR, _RISE_NATS = 2.0, 1.0
+
+
+@dataclass
+class StopRequest:
+    """Set when someone asked the process to end."""
+
+    requested: bool = False
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[StopRequest]:
+    """Turn SIGTERM (spot preemption, a deleted pod) into a request that the training sees after its step."""
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        # Python delivers signals to the main thread only.
+        yield stop
+        return
+
+    def request(number: int, frame: FrameType | None) -> None:
+        stop.requested = True
+
+    previous = signal.signal(signal.SIGTERM, request)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@dataclass
+class Monitor:
+    """The figures of a running training; its methods are called by `callback`.
+
+    Args:
+        order: indices of records in the order in which they are trained.
+        lines: line numbers of the records in the dataset.
+        lengths: tokens of the records.
+        effective_batch: records of one optimizer step.
+        total_steps: optimizer steps of the whole training.
+        checkpoints: where checkpoints go.
+        log_path: the JSON Lines file that gets one line per step.
+        writer: TensorBoard's.
+        progress: who listens.
+        stop: set when the process was asked to end.
+        checkpoint_seconds: time between checkpoints.
+        seconds_before: training time of earlier attempts.
+        points: the loss curve up to the checkpoint that the training goes on from.
+    """
+
+    order: Ints
+    lines: Ints
+    lengths: Ints
+    effective_batch: int
+    total_steps: int
+    checkpoints: Path
+    log_path: Path
+    writer: SummaryWriter
+    progress: Progress
+    stop: StopRequest
+    checkpoint_seconds: float
+    seconds_before: float
+    points: list[LossPoint] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._tokens = self.lengths[self.order].cumsum()
+        self._first_step = len(self.points)
+        self._started = self._saved = self._reported = time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        """Training time of all attempts."""
+        return self.seconds_before + time.monotonic() - self._started
+
+    def tokens_at(self, step: int) -> int:
+        """Tokens trained up to the end of a step, padding apart."""
+        return int(self._tokens[min(step * self.effective_batch, len(self.order)) - 1]) if step else 0
+
+    def lines_of(self, step: int) -> list[int]:
+        """Line numbers in the dataset of the records that a step saw."""
+        batch = self.order[(step - 1) * self.effective_batch : step * self.effective_batch]
+        return [int(line) for line in self.lines[batch]]
+
+    def on_begin(self) -> None:
+        """The first step is about to start."""
+        self._started = self._saved = time.monotonic()
+
+    def on_step(self, step: int) -> bool:
+        """After an optimizer step: whether a checkpoint is due."""
+        due = self.stop.requested or time.monotonic() - self._saved >= self.checkpoint_seconds
+        return due and step < self.total_steps
+
+    def on_checkpoint(self, directory: Path) -> None:
+        """A checkpoint's files are written."""
+        seal_checkpoint(directory, {"seconds": self.seconds, "points": [point.model_dump() for point in self.points]})
+        self._saved = time.monotonic()
+
+    def on_loss(self, step: int, loss: float, learning_rate: float, gradient_norm: float | None) -> None:
+        """A step's loss is known.
+
+        Raises:
+            TrainingError: it is not a number, or the training has diverged.
+        """
+        if not math.isfinite(loss):
+            self._give_up(step, f"the loss became {loss}")
+        self.points.append(LossPoint(step=step, loss=loss, learning_rate=learning_rate))
+        losses = [point.loss for point in self.points[-_WINDOW:]]
+        begin = statistics.fmean(point.loss for point in self.points[:_WINDOW])
+        if len(self.points) > 2 * _WINDOW and statistics.fmean(losses) > _RISE_FACTOR * begin + _RISE_NATS:
+            self._give_up(step, f"the loss diverged from {begin:.3g} to {statistics.fmean(losses):.3g}")
+        self._write(step, loss, learning_rate, gradient_norm)
+
+    def _write(self, step: int, loss: float, learning_rate: float, gradient_norm: float | None) -> None:
+        now = time.monotonic()
+        elapsed = max(now - self._started, 1e-9)
+        done = step - self._first_step
+        figures = {
+            "loss": loss,
+            "learning_rate": learning_rate,
+            "tokens_per_second": (self.tokens_at(step) - self.tokens_at(self._first_step)) / elapsed,
+            "eta_seconds": elapsed / done * (self.total_steps - step),
+        }
+        if gradient_norm is not None:
+            figures["gradient_norm"] = gradient_norm
+        for name, value in figures.items():
+            self.writer.add_scalar(f"train/{name}", value, step)
+        with self.log_path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps({"step": step, **figures, "tokens": self.tokens_at(step)}) + "\n")
+        if step == self.total_steps or now - self._reported >= _REPORT_SECONDS:
+            self._reported = now
+            self.progress(ProgressEvent("training", step, self.total_steps, "steps", figures))
+
+    def _give_up(self, step: int, what: str) -> None:
+        last = newest_complete(self.checkpoints)
+        lines = self.lines_of(step)
+        shown = ", ".join(map(str, lines[:16])) + (", ..." if len(lines) > 16 else "")
+        raise TrainingError(
+            f"{what} at step {step} of {self.total_steps}, in the batch of the train.jsonl lines {shown}; "
+            f"last good checkpoint: {last[0] if last else 'none'}",
+            where=self.checkpoints,
+            remedy="Look at these records, lower the learning rate, or plan with another precision",
+        )
+
+
+def callback(monitor: Monitor) -> Any:
+    """A `transformers.TrainerCallback` that tells `monitor` what happens."""
+    from transformers import TrainerCallback
+
+    class Callback(TrainerCallback):  # type: ignore[misc]  # transformers is untyped here
+        def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            monitor.on_begin()
+
+        def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            control.should_save = monitor.on_step(state.global_step)
+            if monitor.stop.requested:
+                control.should_training_stop = True
+
+        def on_log(
+            self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+        ) -> None:
+            if "loss" in logs:
+                monitor.on_loss(state.global_step, logs["loss"], logs["learning_rate"], logs.get("grad_norm"))
+
+        def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+            monitor.on_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+    return Callback()

@@ -1,0 +1,307 @@
+"""The local training: a base model, a plan and a dataset become an adapter, by TRL's `SFTTrainer`."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.base_model.models import BaseModelRef
+from finetune.chat.encode import RecordEncoder
+from finetune.errors import StorageFullError, TrainingError, TransientError
+from finetune.planning.model_config import read_model_shape
+from finetune.planning.models import TrialConfig
+from finetune.progress import Progress, ProgressEvent, ignore_progress
+from finetune.publishing import is_complete, publish_directory, read_manifest
+from finetune.training.adapter_hash import adapter_hash
+from finetune.training.adapters import load_base_model, peft_config, refuse_missing_hardware
+from finetune.training.card import model_card
+from finetune.training.checkpoints import newest_complete, step_of
+from finetune.training.data import TrainingData, read_training_data, total_steps, training_order
+from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
+from finetune.training.monitor import Monitor, callback, stop_on_sigterm
+from finetune.training.plots import loss_curve_png
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from trl import SFTConfig, SFTTrainer
+
+KIND = "adapter"
+LOG_NAME = "training_log.jsonl"
+_BACKEND = "hf-peft"
+
+
+def dry_run(request: TrainingRequest) -> TrainingResult:
+    """Everything up to loading the model, without torch: the records are encoded and checked, the steps counted.
+
+    Raises:
+        BaseModelError: the configuration or the tokenizer is missing or damaged.
+        TrainingError: records have nothing to learn from.
+    """
+    trial = request.plan.trial_config
+    read_model_shape(request.base_model.path).targets(trial.target_modules)
+    data = _read(request)
+    order = training_order(data.lengths, trial)
+    return TrainingResult(
+        status="dry_run",
+        run_id=request.run_id,
+        backend=_BACKEND,
+        adapter_path=None,
+        adapter_hash=None,
+        training_steps=total_steps(len(data), trial),
+        gpu_hours=0.0,
+        final_loss=None,
+        tokens_seen=int(data.lengths[order].sum()),
+    )
+
+
+def train_adapter(request: TrainingRequest, *, on_progress: Progress = ignore_progress) -> TrainingResult:
+    """Train an adapter and publish it at ``request.adapter_dir``, or return the one that is there.
+
+    A training that was killed goes on from its newest whole checkpoint under ``request.work_dir``; on a
+    CPU it then ends bit-identical to one that was not.
+
+    Args:
+        request: dataset, plan, base model and places.
+        on_progress: told at least every few seconds, with loss, rate, tokens per second and the time left.
+
+    Raises:
+        ConfigurationError: the plan's method needs a GPU or a library that is not there.
+        BaseModelError: the base model or its tokenizer is missing or damaged.
+        TrainingError: records have nothing to learn from; the loss became NaN or diverged.
+        StorageFullError: the disk is full; run again when there is room.
+        TransientError: the process was asked to end (SIGTERM); a checkpoint was saved.
+    """
+    if is_complete(request.adapter_dir):
+        return _published(request).model_copy(update={"reused": True})
+    refuse_missing_hardware(request.plan.trial_config)
+    on_progress(ProgressEvent("reading records", 0, None, "records"))
+    data = _read(request)
+    on_progress(ProgressEvent("loading the base model", 0, None, "models"))
+    request.work_dir.mkdir(parents=True, exist_ok=True)
+    with _full_disk_named(request.work_dir):
+        result = _train(request, data, on_progress)
+    shutil.rmtree(request.work_dir / "checkpoints", ignore_errors=True)
+    return result
+
+
+def _read(request: TrainingRequest) -> TrainingData:
+    encoder = RecordEncoder.load(request.base_model.path)
+    return read_training_data(request.dataset.train_path, encoder, request.plan.trial_config.max_length)
+
+
+def _published(request: TrainingRequest) -> TrainingResult:
+    manifest = read_manifest(request.adapter_dir, kind=KIND)
+    return TrainingResult.model_validate({**manifest.results, "adapter_path": request.adapter_dir})
+
+
+def _train(request: TrainingRequest, data: TrainingData, on_progress: Progress) -> TrainingResult:
+    from torch.utils.tensorboard import SummaryWriter
+
+    trial = request.plan.trial_config
+    checkpoints = request.work_dir / "checkpoints"
+    resumed = newest_complete(checkpoints)
+    state: dict[str, Any] = resumed[1] if resumed else {"seconds": 0.0, "points": []}
+    points = [LossPoint.model_validate(point) for point in state["points"]]
+    log_path = request.work_dir / LOG_NAME
+    _keep_log(log_path, len(points))
+    order = training_order(data.lengths, trial)
+    with (
+        SummaryWriter(str(request.work_dir / "tensorboard"), purge_step=len(points)) as writer,
+        stop_on_sigterm() as stop,
+    ):
+        monitor = Monitor(
+            order=order,
+            lines=data.lines,
+            lengths=data.lengths,
+            effective_batch=trial.effective_batch,
+            total_steps=total_steps(len(data), trial),
+            checkpoints=checkpoints,
+            log_path=log_path,
+            writer=writer,
+            progress=on_progress,
+            stop=stop,
+            checkpoint_seconds=request.checkpoint_seconds,
+            seconds_before=state["seconds"],
+            points=points,
+        )
+        trainer = _trainer(request, data, monitor)
+        trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
+        if stop.requested and trainer.state.global_step < monitor.total_steps:
+            raise TransientError(
+                f"the training was asked to end after step {trainer.state.global_step} of {monitor.total_steps}",
+                where=checkpoints,
+                remedy="Run again: it goes on from the checkpoint that was saved",
+            )
+    result = TrainingResult(
+        status="completed",
+        run_id=request.run_id,
+        backend=_BACKEND,
+        adapter_path=request.adapter_dir,
+        adapter_hash=None,
+        training_steps=len(monitor.points),
+        gpu_hours=monitor.seconds / 3600 * trainer.args.n_gpu * trainer.args.world_size,
+        final_loss=_final_loss(monitor.points),
+        loss_curve=monitor.points,
+        tokens_seen=monitor.tokens_at(monitor.total_steps),
+        tokens_per_second=monitor.tokens_at(monitor.total_steps) / monitor.seconds,
+        peak_memory_gb=_peak_memory_gb(),
+        seconds=monitor.seconds,
+        resumed_from_step=step_of(resumed[0]) if resumed else 0,
+        trainable_params=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+    )
+    return _publish(request, trainer.model, data, result)
+
+
+def _trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor) -> SFTTrainer:
+    from peft import get_peft_model
+    from transformers import AutoTokenizer, PrinterCallback, set_seed
+    from transformers.utils import logging
+    from trl import SFTTrainer
+
+    logging.disable_progress_bar()
+    trial = request.plan.trial_config
+    model = load_base_model(request.base_model, trial)
+    set_seed(trial.seed)
+    adapted = get_peft_model(model, peft_config(read_model_shape(request.base_model.path), trial))
+    trainer = SFTTrainer(
+        model=adapted,
+        args=_arguments(trial, monitor.checkpoints),
+        train_dataset=data.as_dataset().select(monitor.order),
+        processing_class=AutoTokenizer.from_pretrained(request.base_model.path, local_files_only=True),
+        callbacks=[callback(monitor)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    _check_labels(trainer, data, monitor)
+    return trainer
+
+
+def _arguments(trial: TrialConfig, checkpoints: Path) -> SFTConfig:
+    import torch
+    from trl import SFTConfig
+
+    on_gpu = torch.cuda.is_available()
+    return SFTConfig(
+        output_dir=str(checkpoints),
+        use_cpu=not on_gpu,
+        bf16=trial.precision == "bf16",
+        gradient_checkpointing=trial.gradient_checkpointing,
+        seed=trial.seed,
+        per_device_train_batch_size=trial.micro_batch,
+        gradient_accumulation_steps=trial.accumulation,
+        # The dataset is all epochs already, in the order in which they are trained.
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        dataset_kwargs={"skip_prepare_dataset": True},
+        max_length=None,
+        learning_rate=trial.learning_rate,
+        lr_scheduler_type=trial.lr_schedule,
+        warmup_steps=trial.warmup_ratio,
+        weight_decay=trial.weight_decay,
+        optim=trial.optimizer,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        # The monitor decides when.
+        save_strategy="no",
+        save_total_limit=2,
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=on_gpu,
+    )
+
+
+def _check_labels(trainer: SFTTrainer, data: TrainingData, monitor: Monitor) -> None:
+    """See that the trainer's own batches hold exactly our labels, before the first step."""
+    dataset = trainer.train_dataset
+    first = monitor.order[: trainer.args.per_device_train_batch_size]
+    batch = trainer.data_collator([dataset[i] for i in range(len(first))])
+    for row, index in enumerate(first):
+        ours = data.labels[data.offsets[index] : data.offsets[index + 1]]
+        theirs = batch["labels"][row].numpy()
+        if (theirs[: len(ours)] != ours).any() or (theirs[len(ours) :] != -100).any():
+            raise TrainingError(
+                f"the trainer would learn other tokens of line {data.lines[index]} than the assistant's",
+                where="SFTTrainer's batches",
+                remedy="This is a fault of the installed TRL's version; install the pinned one",
+            )
+
+
+def _publish(request: TrainingRequest, model: PeftModel, data: TrainingData, result: TrainingResult) -> TrainingResult:
+    trial = request.plan.trial_config
+    with publish_directory(request.adapter_dir, kind=KIND) as staging:
+        # No embedding was resized; to find that out, peft would ask the hub.
+        model.save_pretrained(str(staging.path), save_embedding_layers=False)
+        _name_base_model(staging.path / "adapter_config.json", request.base_model)
+        result = result.model_copy(update={"adapter_hash": adapter_hash(staging.path)})
+        (staging.path / "README.md").write_text(model_card(request, result), encoding="utf-8")
+        (staging.path / "loss_curve.png").write_bytes(loss_curve_png(result.loss_curve))
+        shutil.copyfile(request.work_dir / LOG_NAME, staging.path / LOG_NAME)
+        staging.inputs = {
+            "dataset": request.dataset.fingerprint,
+            "dates": request.dataset.window_dates,
+            "base_model": request.base_model.model_dump(exclude={"path"}, mode="json"),
+            "records": len(data),
+            "truncated_records": data.truncated,
+        }
+        staging.parameters = trial.model_dump()
+        staging.results = result.model_dump(mode="json", exclude={"adapter_path"})
+    return result
+
+
+def _name_base_model(config_path: Path, base_model: BaseModelRef) -> None:
+    """Name the base model in the adapter's configuration: a path of this machine means nothing elsewhere."""
+    config = json.loads(config_path.read_bytes())
+    config |= {"base_model_name_or_path": base_model.name, "revision": base_model.revision}
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _keep_log(path: Path, steps: int) -> None:
+    """Cut the log back to the steps that the checkpoint holds: the others are trained again."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _final_loss(points: list[LossPoint]) -> float | None:
+    """The mean of the last tenth of the steps, at least five: a single step is noise."""
+    last = [point.loss for point in points[-max(5, len(points) // 10) :]]
+    return sum(last) / len(last) if last else None
+
+
+def _peak_memory_gb() -> float:
+    """Peak memory in GB (10^9 bytes): the GPU's where there is one, else this process's resident set."""
+    import torch
+
+    if torch.cuda.is_available():
+        return float(torch.cuda.max_memory_allocated()) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+@contextmanager
+def _full_disk_named(path: Path) -> Iterator[None]:
+    """Like `full_disk_named`, also where a library hides the system's error in one of its own."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, StorageFullError) or not _says_full(error):
+            raise
+        raise StorageFullError(
+            "no space left on the disk",
+            where=path,
+            remedy="Free space or enlarge the volume, then run again: it goes on from the last checkpoint",
+        ) from error
+
+
+def _says_full(error: BaseException) -> bool:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    # safetensors and PyTorch's zip writer raise errors without errno.
+    text = str(error)
+    return "No space left on device" in text or "os error 28" in text or "PytorchStreamWriter failed" in text
