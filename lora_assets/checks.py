@@ -127,7 +127,7 @@ def merged_equals_base_plus_adapter(
     base_model: BaseModelSource,
 ) -> dg.AssetCheckResult:
     """The merged model, loaded from disk, gives the logits of base + adapter on held-out prompts."""
-    from finetune.export.merge import check_merge
+    from finetune.export.merge_check import check_merge
 
     try:
         check = check_merge(

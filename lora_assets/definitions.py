@@ -6,6 +6,7 @@ from lora_assets.assets import dataset, export, training
 from lora_assets.checks import ALL_CHECKS
 from lora_assets.jobs import train_and_export
 from lora_assets.partitions import dataset_dates
+from lora_assets.runner import console
 from lora_assets.settings import Settings, load_settings, on_kubernetes
 from resources.artifact_store import ArtifactStore, ValueStore
 from resources.base_model import BaseModelSource
@@ -37,7 +38,7 @@ def build_trainer(settings: Settings) -> LoraTrainer:
     if settings.training_backend == "h2o":
         from resources.h2o_trainer import H2OTrainer
 
-        return H2OTrainer(api_url=settings.h2o_api_url, api_key=secret("H2O_API_KEY", settings.h2o_api_key))
+        return H2OTrainer(api_url=settings.h2o_api_url or "", api_key=secret("H2O_API_KEY", settings.h2o_api_key))
     from resources.peft_trainer import PeftTrainer
 
     return PeftTrainer()
@@ -94,6 +95,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             "ollama": OllamaServer(host=settings.ollama_host),
         },
         executor=build_executor(),
+        loggers={"console": console},
     )
 
 

@@ -84,7 +84,10 @@ def _judge(
 
 
 def _exports(settings: Settings, date: str, run_id: str) -> list[tuple[str, Path | None]]:
-    kinds = {"ollama": ("modelfile", OllamaExport), "lmstudio": ("lmstudio_export", LmStudioExport)}
+    kinds: dict[str, tuple[str, type[OllamaExport | LmStudioExport]]] = {
+        "ollama": ("modelfile", OllamaExport),
+        "lmstudio": ("lmstudio_export", LmStudioExport),
+    }
     found: list[tuple[str, Path | None]] = []
     for target in settings.targets:
         name, model = kinds[target]

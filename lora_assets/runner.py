@@ -53,7 +53,7 @@ def dagster_home(settings: Settings) -> Path:
     return home
 
 
-@dg.logger(description="One short line for each message of an asset: time, date, asset, message.")
+@dg.logger(None, "One short line for each message of an asset: time, asset, message.")
 def console(init_context: dg.InitLoggerContext) -> logging.Logger:
     """The log of `lora-assets run`; Dagster's own events stay in the UI."""
     logger = logging.Logger("lora_assets.console", logging.INFO)

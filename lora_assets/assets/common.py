@@ -3,10 +3,11 @@
 import base64
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, get_args
 
 import dagster as dg
 
+from finetune.errors import ConfigurationError
 from finetune.progress import Progress, ProgressEvent
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import load_settings
@@ -16,8 +17,16 @@ PREFIX = SETTINGS.pipeline_name
 OWNERS = ["team:ml-platform"]
 SECONDS_BETWEEN_REPORTS = 2.0
 
-# What every asset's decorator takes.
-COMMON: dict[str, Any] = {"key_prefix": PREFIX, "partitions_def": dataset_dates, "owners": OWNERS}
+
+class AssetArguments(TypedDict):
+    """What every asset's decorator takes."""
+
+    key_prefix: str
+    partitions_def: dg.PartitionsDefinition[str]
+    owners: list[str]
+
+
+COMMON = AssetArguments(key_prefix=PREFIX, partitions_def=dataset_dates, owners=OWNERS)
 
 
 def key(name: str) -> dg.AssetKey:
@@ -39,6 +48,20 @@ def log_progress(context: dg.AssetExecutionContext | dg.AssetCheckExecutionConte
             context.log.info(str(event))
 
     return report
+
+
+def choice(type_of_choice: Any, name: str, value: str) -> Any:
+    """A value of run config as the `Literal` that it must be: Dagster's config knows no literals.
+
+    Raises:
+        ConfigurationError: names the field, the value and what is allowed.
+    """
+    allowed = get_args(type_of_choice)
+    if value not in allowed:
+        raise ConfigurationError(
+            f"{value!r} is none of {', '.join(allowed)}", where=f"run config: {name}", remedy="Choose one of them"
+        )
+    return value
 
 
 def picture(png: bytes) -> dg.MarkdownMetadataValue:

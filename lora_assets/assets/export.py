@@ -6,7 +6,7 @@ from pydantic import Field
 from finetune.dataset.models import PreparedDataset
 from finetune.export.models import GgufExport, LmStudioExport, MergedModel, OllamaExport
 from finetune.registry.models import RegisteredVersion
-from lora_assets.assets.common import COMMON, SETTINGS, log_progress, path, table
+from lora_assets.assets.common import COMMON, SETTINGS, choice, log_progress, path, table
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.ollama import OllamaServer
@@ -38,7 +38,7 @@ def merged_model(
 ) -> dg.MaterializeResult[MergedModel]:
     """Merge tensor by tensor, and compare with base + adapter on held-out prompts."""
     from finetune.dataset.inspect import held_out_prompts
-    from finetune.export.merge import merge_adapter
+    from finetune.export.merge import OutputFormat, merge_adapter
 
     prompts = held_out_prompts(merged_dataset.eval_path, VALIDATION_PROMPTS)
     merged = merge_adapter(
@@ -46,7 +46,7 @@ def merged_model(
         adapter_path=promoted_adapter.stored_path,
         output_dir=store.layout.model(promoted_adapter.run_id, "merged"),
         run_id=promoted_adapter.run_id,
-        output_format=config.output_format,
+        output_format=choice(OutputFormat, "output_format", config.output_format),
         validate_on=prompts if config.validate_after_merge else None,
         on_progress=log_progress(context),
     )

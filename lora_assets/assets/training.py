@@ -1,14 +1,16 @@
 """From a profile to a plan, an adapter, its evaluation and its version."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.evaluation.models import EvalReport
-from finetune.planning.models import TrainingPlan
-from finetune.planning.plan import PlanOverrides, make_plan
+from finetune.planning.models import Method, Task, TrainingPlan
+from finetune.planning.overrides import PlanOverrides
+from finetune.planning.plan import make_plan
 from finetune.progress import Progress
 from finetune.publishing import is_complete
 from finetune.registry.champion import champion_ref, decide
@@ -17,7 +19,7 @@ from finetune.registry.promotion import champion, promote, settle
 from finetune.registry.store import get_version, register_adapter
 from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest, TrainingResult
-from lora_assets.assets.common import COMMON, OWNERS, PREFIX, SETTINGS, key, log_progress, path, picture, table
+from lora_assets.assets.common import COMMON, OWNERS, PREFIX, SETTINGS, choice, key, log_progress, path, picture, table
 from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
@@ -67,8 +69,8 @@ def training_plan(
     plan = make_plan(
         base_model.resolve(log_progress(context), weights=False).path,
         dataset_profile,
-        task=config.task,
-        method=config.method,
+        task=choice(Task, "task", config.task),
+        method=choice(Method, "method", config.method),
         overrides=overrides,
         vram_limit_gb=config.vram_limit_gb,
         device=SETTINGS.device,
@@ -307,7 +309,7 @@ def registered_adapter(
         decision = decide(eval_report, champion(registry), adapter_hash=adapter_hash)
         version = settle(registry, version.version, decision, by=by)
     context.log.info(f"{version.version} is {version.status}: {version.reason}")
-    metadata = {
+    metadata: dict[str, Any] = {
         "version": version.version,
         "status": version.status,
         "reason": version.reason,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,7 +16,7 @@ def config(as_json: Json = False) -> None:
 
     settings = load_settings()
     origin = sources(settings)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         shown = "********" if value is not None and is_secret(field) else value
