@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 OutputFormat = Literal["safetensors", "pytorch"]
 KIND = "merged_model"
+__all__ = ["check_merge", "merge_adapter"]
 INDEX_NAME = "model.safetensors.index.json"
 # All that a loader reads beside the weights: configuration, generation defaults, tokenizer, chat template.
 _COMPANIONS = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.py")

@@ -120,9 +120,12 @@ class GgufRuntime:
             self._process.communicate()
         self._log.close()
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text; names of special tokens in it become those tokens; no BOS is added."""
-        body = {"content": text, "add_special": False, "parse_special": True}
+    def tokenize(self, text: str, *, add_special: bool = False) -> list[int]:
+        """Token ids of a text; names of special tokens in it become those tokens.
+
+        With `add_special`, BOS and EOS are added where the file's metadata ask for them.
+        """
+        body = {"content": text, "add_special": add_special, "parse_special": True}
         return [int(token) for token in self._post("/tokenize", body)["tokens"]]
 
     def complete(self, ids: Sequence[int], max_tokens: int) -> list[int]:
