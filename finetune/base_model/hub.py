@@ -10,14 +10,6 @@ from finetune.progress import Progress, ProgressEvent
 _SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*"]
 
 
-def _patterns(names: list[str], *, weights: bool, code: bool) -> list[str]:
-    """What to fetch of a repository's files: one kind of weights, safetensors where there are any."""
-    patterns = [*_SMALL, *(["*.py"] if code else [])]
-    if weights:
-        patterns.append("*.safetensors" if any(name.endswith(".safetensors") for name in names) else "*.bin")
-    return patterns
-
-
 def fetch_from_hub(
     repository: str,
     *,
@@ -50,14 +42,14 @@ def fetch_from_hub(
         BaseModelError: no such repository or revision, no access, or neither reachable nor cached.
         StorageFullError: the disk is full.
     """
-    import httpx
-    from huggingface_hub import HfApi, constants, snapshot_download
+    # The transport of the hub's client: a broken connection reaches us as its error.
+    import httpx2
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -70,8 +62,10 @@ def fetch_from_hub(
         f"{repository} at revision {revision or 'main'} on {endpoint}"
     )
 
-    def snapshot(patterns: list[str], *, offline: bool) -> tuple[Path, str]:
-        found = Path(
+    small = [*_SMALL, *(["*.py"] if trust_remote_code else [])]
+
+    def snapshot(patterns: list[str]) -> Path:
+        return Path(
             snapshot_download(
                 repository,
                 revision=revision,
@@ -80,21 +74,17 @@ def fetch_from_hub(
                 cache_dir=cache,
                 allow_patterns=patterns,
                 ignore_patterns=["original/*", "onnx/*"],
-                local_files_only=offline,
             )
         )
-        return found, found.name
 
     try:
         with full_disk_named(cache):
             on_progress(ProgressEvent(f"fetching {repository}", 0, 1, "models"))
-            names = [
-                sibling.rfilename
-                for sibling in HfApi(endpoint).model_info(repository, revision=revision, token=token).siblings or []
-            ]
-            fetched = snapshot(_patterns(names, weights=weights, code=trust_remote_code), offline=False)
+            found = snapshot([*small, "*.safetensors"] if weights else small)
+            if weights and not any(found.glob("*.safetensors")):
+                found = snapshot([*small, "*.bin"])
             on_progress(ProgressEvent(f"fetching {repository}", 1, 1, "models"))
-            return fetched
+            return found, found.name
     except GatedRepoError as error:
         raise BaseModelError(
             f"the base model is gated and this token has no access ({tried})",
@@ -113,14 +103,11 @@ def fetch_from_hub(
             where=where,
             remedy="Correct BASE_MODEL_NAME: a directory, a short name or org/model; a private one needs HF_TOKEN",
         ) from error
-    except (httpx.HTTPError, HfHubHTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        try:
-            return snapshot(_patterns([], weights=weights, code=trust_remote_code), offline=True)
-        except LocalEntryNotFoundError:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise BaseModelError(
-                f"the base model can't be reached and is not in the cache {cache} ({tried}): {reason}",
-                where=where,
-                remedy="Check the network and HF_ENDPOINT, or copy the model here and set BASE_MODEL_NAME to its "
-                "directory; unset it for the embedded model",
-            ) from error
+    except (httpx2.HTTPError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise BaseModelError(
+            f"the base model can't be reached and is not in the cache {cache} ({tried}): {reason}",
+            where=where,
+            remedy="Check the network and HF_ENDPOINT, or copy the model here and set BASE_MODEL_NAME to its "
+            "directory; unset it for the embedded model",
+        ) from error
