@@ -1,0 +1,232 @@
+"""What holds for any corpus: nothing lost, nothing leaked, the same bytes however the work is shared out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from finetune.dataset.discovery import discover_exports
+from finetune.dataset.models import PreparedDataset
+from finetune.dataset.prepare import PrepareParameters, prepare_dataset
+from finetune.dataset.records import as_messages, prompt_text
+from finetune.dataset.rules import RejectedError, checked_turns
+from finetune.dataset.scan import Limits, _examine, _parse, normalized
+from finetune.errors import DatasetError
+from finetune.layout import DataLayout
+
+# Flushing to a real disk is most of the time that a small preparation takes.
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
+LIMITS = Limits(max_line_bytes=4096, max_depth=8)
+PARAMETERS = PrepareParameters(eval_fraction=0.5, max_line_bytes=LIMITS.max_line_bytes, max_depth=LIMITS.max_depth)
+FAST = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+# Few different words, so that prompts and contents meet again; some that normalise to one.
+texts = st.sampled_from(["a", "b", "a b", "ab ", "їжа", "ї жа", "é", "e\u0301", "\u2028", "😀", "x" * 700, "", " "])
+turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "bot"]), "content": texts})
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+records = st.one_of(
+    st.fixed_dictionaries({"instruction": texts, "output": texts}, optional={"input": texts, "meta": values}),
+    st.fixed_dictionaries({"prompt": texts, "completion": texts}, optional={"system": texts}),
+    st.fixed_dictionaries({"messages": st.lists(turns, max_size=3)}),
+    st.fixed_dictionaries({"text": texts}, optional={"x": values}),
+    values,
+)
+
+
+@st.composite
+def json_lines(draw: st.DrawFn) -> bytes:
+    line = json.dumps(draw(records), ensure_ascii=draw(st.booleans())).encode("utf-8", "surrogatepass")
+    damage = draw(st.integers(0, 9))
+    if damage == 0 and line:
+        cut = draw(st.integers(0, len(line)))
+        line = line[:cut] + draw(st.binary(max_size=3)).replace(b"\n", b"") + line[cut + draw(st.integers(0, 3)) :]
+    elif damage == 1:
+        line = draw(st.sampled_from([b"", b" ", b"\xef\xbb\xbf" + line, line + line, b"[" * 40, b"y" * 5000]))
+    return line
+
+
+files = st.lists(
+    st.tuples(st.lists(json_lines(), max_size=12), st.sampled_from([b"\n", b"\r\n"]), st.booleans()), max_size=3
+)
+
+
+@contextmanager
+def exports(corpus: list[tuple[list[bytes], bytes, bool]]) -> Iterator[DataLayout]:
+    """The corpus as files, with enough good records that both sides of the split hold some."""
+    root = Path(tempfile.mkdtemp(dir=MEMORY))
+    try:
+        layout = DataLayout(root)
+        layout.exports.mkdir(parents=True)
+        good = b"".join(b'{"text":"good %d"}\n' % n for n in range(30))
+        (layout.exports / "brain_dataset_2026-05-31.jsonl").write_bytes(good)
+        for number, (lines, line_break, ended) in enumerate(corpus, 1):
+            path = layout.exports / f"brain_dataset_2026-06-0{number}.jsonl"
+            path.write_bytes(line_break.join(lines) + (line_break if ended else b""))
+        yield layout
+    finally:
+        shutil.rmtree(root)
+
+
+def run(layout: DataLayout, **options: Any) -> PreparedDataset:
+    found = discover_exports(layout.exports)
+    return prepare_dataset(found, date="2099-01-01", layout=layout, parameters=PARAMETERS, **options)
+
+
+def outputs(dataset: PreparedDataset) -> list[bytes]:
+    return [path.read_bytes() for path in (dataset.train_path, dataset.eval_path, dataset.rejects_path)]
+
+
+@FAST
+@given(files, st.integers(1, 200))
+def test_ranges_of_any_size_give_the_same_bytes_and_lose_no_line(
+    corpus: list[tuple[list[bytes], bytes, bool]], range_bytes: int
+) -> None:
+    with exports(corpus) as layout:
+        whole = run(layout)
+        expected = outputs(whole)
+        shutil.rmtree(layout.root / "prepared")
+        pieces = run(layout, range_bytes=range_bytes)
+
+        assert outputs(pieces) == expected
+        assert pieces == whole
+        content = [path.read_bytes() for path in layout.exports.iterdir()]
+        lines = sum(text.count(b"\n") + (not text.endswith(b"\n") and text != b"") for text in content)
+        counts = pieces.counts
+        assert lines == counts.lines == counts.kept + counts.duplicates + counts.rejected + counts.blank
+
+
+@FAST
+@given(files)
+def test_no_prompt_stands_on_both_sides_and_no_content_twice(corpus: list[tuple[list[bytes], bytes, bool]]) -> None:
+    with exports(corpus) as layout:
+        train, held_out, _ = outputs(run(layout))
+
+    sides = [[orjson.loads(line) for line in side.split(b"\n")[:-1]] for side in (train, held_out)]
+    prompts = [{normalized(prompt_text(record)) for record in side} for side in sides]
+    assert not prompts[0] & prompts[1]
+    contents = [
+        tuple((role, normalized(text)) for role, text in checked_turns(record)) for side in sides for record in side
+    ]
+    assert len(contents) == len(set(contents))
+
+
+@FAST
+@given(files, st.integers(0, 3))
+def test_records_never_change_sides_when_other_files_come_or_go(
+    corpus: list[tuple[list[bytes], bytes, bool]], removed: int
+) -> None:
+    with exports(corpus) as layout:
+        before = [
+            {normalized(prompt_text(orjson.loads(line))) for line in side.split(b"\n")[:-1]}
+            for side in outputs(run(layout))[:2]
+        ]
+        paths = sorted(layout.exports.iterdir())
+        if removed and removed < len(paths):
+            paths[removed].unlink()
+        after = [
+            {normalized(prompt_text(orjson.loads(line))) for line in side.split(b"\n")[:-1]}
+            for side in outputs(run(layout))[:2]
+        ]
+
+    assert not before[0] & after[1]
+    assert not before[1] & after[0]
+
+
+def test_processes_of_any_number_give_the_same_bytes(prepare: Any, pairs: Any, layout: DataLayout) -> None:
+    corpus = {
+        f"brain_dataset_2026-06-0{day}.jsonl": pairs(*range(day * 40, day * 40 + 60)) + b"\xff\n{}\n\n" + b"z" * 900
+        for day in range(1, 6)
+    }
+    results = []
+    for workers in (1, 2, 3):
+        shutil.rmtree(layout.root / "prepared", ignore_errors=True)
+        results.append(outputs(prepare(corpus, workers=workers, range_bytes=256)))
+
+    assert results[0] == results[1] == results[2]
+
+
+def reference(line: bytes) -> list[tuple[str, str]] | None:
+    """What the standard library's parser and the rules accept: slow, plain, and independent of the fast way."""
+
+    def no_constant(name: str) -> float:
+        raise ValueError(name)
+
+    def finite(number: str) -> float:
+        if abs(float(number)) == float("inf"):
+            raise ValueError(number)
+        return 0.0
+
+    def depth(value: object) -> int:
+        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+        return 0 if children is None else 1 + max(map(depth, children), default=0)
+
+    try:
+        value = json.loads(line.decode(), parse_constant=no_constant, parse_int=finite, parse_float=finite)
+        again = json.dumps(value, ensure_ascii=False)
+        again.encode()
+        if (
+            "\\u0000" in again.replace("\\\\", "")
+            or depth(value) > LIMITS.max_depth
+            or len(line) > LIMITS.max_line_bytes
+        ):
+            return None
+        return checked_turns(value)
+    except (ValueError, RecursionError):
+        return None
+
+
+def fast_and_exact(line: bytes) -> tuple[list[tuple[str, str]] | None, list[tuple[str, str]] | None]:
+    try:
+        fast = _parse(line, LIMITS)
+    except ValueError:
+        fast = None
+    try:
+        exact = _examine(line, len(line), True, LIMITS)
+    except RejectedError:
+        exact = None
+    return fast, exact
+
+
+@settings(max_examples=300, deadline=None)
+@given(json_lines())
+def test_fast_and_exact_parsers_accept_what_the_reference_accepts(line: bytes) -> None:
+    fast, exact = fast_and_exact(line)
+
+    assert fast == exact == reference(line)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(alphabet='{}[]",:\\u0d8cfeE+-.19tns \r\té\0', max_size=30), st.booleans())
+def test_parsers_agree_on_lines_made_of_json_and_noise(noise: str, within: bool) -> None:
+    line = (f'{{"text":"{noise}"}}' if within else noise).encode()
+    fast, exact = fast_and_exact(line)
+
+    assert fast == exact == reference(line)
+
+
+@settings(max_examples=200, deadline=None)
+@given(records)
+def test_messages_are_the_turns_that_validation_saw(record: Any) -> None:
+    try:
+        seen = checked_turns(record)
+    except RejectedError:
+        if isinstance(record, dict):
+            with pytest.raises(DatasetError):
+                as_messages(record)
+        return
+    messages = as_messages(record)
+    assert messages is None if seen[0][0] == "text" else [(m["role"], m["content"]) for m in messages or []] == seen
