@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from finetune.chat.encode import RecordEncoder
+from finetune.dataset.models import DatasetProfile, PreparedDataset
+from finetune.dataset.plots import token_histogram_png
+from finetune.dataset.profile import MAX_LENGTHS, analyze, profile_dataset
+from finetune.dataset.scripts import count_letters
+from finetune.errors import DatasetError
+
+Prepare = Callable[..., PreparedDataset]
+
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "<|end|>{% endgeneration %}{% else %}{{ m.content }}<|end|>{% endif %}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> RecordEncoder:
+    """A byte-level tokenizer with a chat template, as a base model's directory holds them."""
+    directory = tmp_path_factory.mktemp("model")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["Question and answer ", "Питання та відповідь "] * 20, trainer)
+    tokenizer.save(str(directory / "tokenizer.json"))
+    settings = {"eos_token": "<|end|>", "chat_template": TEMPLATE, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    return RecordEncoder.load(directory)
+
+
+def write_jsonl(path: Path, records: list[dict[str, object]]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+    return path
+
+
+RECORDS: list[dict[str, object]] = [
+    {"id": n, "instruction": f"Питання {n}", "output": "answer " * (1 + n * n % 50)} for n in range(300)
+]
+
+
+def test_token_statistics_are_exact_over_all_records(tmp_path: Path, encoder: RecordEncoder) -> None:
+    profile = analyze(write_jsonl(tmp_path / "a.jsonl", RECORDS), encoder=encoder, tokenizer="mine")
+
+    encoded = encoder.encode(RECORDS)
+    lengths = np.array([len(record.input_ids) for record in encoded])
+    assert profile.total_samples == 300
+    assert profile.total_tokens == lengths.sum()
+    assert profile.avg_tokens == pytest.approx(lengths.mean())
+    assert profile.max_tokens == lengths.max()
+    assert profile.trained_token_share == sum(sum(record.trained_mask) for record in encoded) / lengths.sum()
+    assert profile.tokenizer == "mine"
+    for percent in (50, 90, 95, 99):
+        value = profile.percentiles[f"p{percent}"]
+        assert value in lengths
+        assert (lengths < value).mean() < percent / 100 <= (lengths <= value).mean()
+    assert sum(count for _, _, count in profile.histogram) == 300
+    for low, high, count in profile.histogram:
+        assert count == ((lengths >= low) & (lengths < high)).sum()
+    assert [cut.max_length for cut in profile.truncation] == list(MAX_LENGTHS)
+    for cut in profile.truncation:
+        assert cut.records == (lengths > cut.max_length).sum()
+        assert cut.token_share == pytest.approx(np.maximum(lengths - cut.max_length, 0).sum() / lengths.sum())
+    assert [record.tokens for record in profile.longest] == sorted(lengths, reverse=True)[:10]
+    longest = profile.longest[0]
+    assert longest.where == f"a.jsonl:{lengths.argmax() + 1}"
+    assert longest.id == str(lengths.argmax())
+
+
+def test_one_record_far_longer_than_all_others_does_not_flatten_the_histogram(
+    tmp_path: Path, encoder: RecordEncoder
+) -> None:
+    records = [*RECORDS, {"instruction": "long", "output": "x " * 20_000}]
+    profile = analyze(write_jsonl(tmp_path / "a.jsonl", records), encoder=encoder)
+
+    low, high, count = profile.histogram[-1]
+    assert (count, high) == (1, (profile.max_tokens or 0) + 1)
+    assert low < 1000
+    assert sum(count > 0 for _, _, count in profile.histogram) > 10
+
+
+def test_a_prepared_dataset_is_profiled_with_what_is_known_of_its_files(
+    prepare: Prepare, encoder: RecordEncoder
+) -> None:
+    lines = [json.dumps(record, ensure_ascii=False) for record in [*RECORDS[:60], RECORDS[3]]]
+    lines += [
+        '{"text":"Plain"}',
+        "broken",
+        '{"messages":[{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}',
+    ]
+    dataset = prepare({"brain_dataset_2026-06-01.jsonl": "\n".join(lines).encode() + b"\n"})
+
+    profile = profile_dataset(dataset, encoder=encoder)
+
+    assert profile.total_samples == dataset.counts.kept == 62
+    assert (profile.duplicates_found, profile.rejected) == (1, 1)
+    assert profile.records_per_file == {"brain_dataset_2026-06-01.jsonl": 62}
+    assert profile.record_formats == {"instruction": 60, "text": 1, "messages": 1}
+    assert set(profile.columns) == {"id", "instruction", "output", "text", "messages"}
+    assert profile.format_detected == "jsonl"
+
+
+def test_without_a_tokenizer_nothing_is_said_of_tokens(tmp_path: Path) -> None:
+    profile = analyze(write_jsonl(tmp_path / "a.jsonl", [*RECORDS, *RECORDS[:7]]))
+
+    assert (profile.avg_tokens, profile.max_tokens, profile.total_tokens, profile.trained_token_share) == (None,) * 4
+    assert (profile.total_samples, profile.duplicates_found) == (307, 7)
+    assert profile.has_instruction
+    assert profile.has_output
+
+
+def test_plain_texts_have_neither_instruction_nor_output(tmp_path: Path) -> None:
+    profile = analyze(write_jsonl(tmp_path / "a.jsonl", [{"text": "Plain"}]))
+
+    assert not profile.has_instruction
+    assert not profile.has_output
+
+
+def test_letters_are_counted_by_script() -> None:
+    assert count_letters(["Привіт, world! 42 漢字", "é ё", ""]).tolist() == [7, 6, 2]
+
+
+COLUMNS = {
+    "id": [1, 2, 3, 4],
+    "prompt": ["Питання", "Question, with comma", "two\nlines", None],
+    "completion": ["Відповідь", 'with "quotes"', "ok", "no question"],
+}
+
+
+def save_table(form: str) -> Callable[[Path], None]:
+    def save(path: Path) -> None:
+        import polars as pl
+
+        getattr(pl.DataFrame(COLUMNS), f"write_{form}")(path)
+
+    return save
+
+
+def save_hf(path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_dict(COLUMNS).save_to_disk(str(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "write"),
+    [
+        ("t.csv", "csv", save_table("csv")),
+        ("t.parquet", "parquet", save_table("parquet")),
+        ("t.jsonl", "jsonl", save_table("ndjson")),
+        ("without_a_suffix", "jsonl", save_table("ndjson")),
+        ("also_without", "parquet", save_table("parquet")),
+        ("saved", "hf", save_hf),
+    ],
+)
+def test_every_format_gives_the_same_profile(
+    tmp_path: Path, encoder: RecordEncoder, name: str, form: str, write: Callable[[Path], None]
+) -> None:
+    write(tmp_path / name)
+    profile = analyze(tmp_path / name, encoder=encoder)
+
+    rows = zip(*COLUMNS.values(), strict=True)
+    records = [dict(zip(COLUMNS, row, strict=True)) for row in rows][:3]
+    assert profile.format_detected == form
+    assert (profile.total_samples, profile.rejected) == (3, 1)
+    assert profile.columns == ["id", "prompt", "completion"]
+    assert profile.total_tokens == sum(len(record.input_ids) for record in encoder.encode(records))
+
+
+def test_conversations_in_parquet_and_saved_datasets_are_read_as_such(tmp_path: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    data = Dataset.from_dict({"messages": [turns, turns]})
+    DatasetDict({"train": data, "test": data}).save_to_disk(str(tmp_path / "saved"))
+    data.to_parquet(str(tmp_path / "t.parquet"))
+
+    saved, table = analyze(tmp_path / "saved"), analyze(tmp_path / "t.parquet")
+
+    assert (saved.total_samples, saved.format_detected, saved.record_formats) == (4, "hf", {"messages": 4})
+    assert (table.total_samples, table.format_detected, table.duplicates_found) == (2, "parquet", 1)
+
+
+def test_a_directory_of_mixed_files_is_profiled_as_one(tmp_path: Path) -> None:
+    (tmp_path / "below").mkdir()
+    save_table("csv")(tmp_path / "t.csv")
+    write_jsonl(tmp_path / "below" / "a.jsonl", RECORDS[:5])
+    (tmp_path / "notes.md").write_text("no data")
+
+    profile = analyze(tmp_path)
+
+    assert (profile.format_detected, profile.total_samples) == ("mixed", 8)
+    assert profile.records_per_file == {"a.jsonl": 5, "t.csv": 3}
+    assert analyze(tmp_path, format="csv").total_samples == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "form", "message"),
+    [
+        ("absent", None, "auto", "no such file"),
+        ("a.json", b'[{"text":"a"}]', "auto", "a JSON array"),
+        ("a.bin", b"\x00\x01", "auto", "format cannot be told.*--format"),
+        ("empty.jsonl", b"", "auto", "none of the 0 rows"),
+        ("bad.jsonl", b"nope\n{}\n", "auto", "none of the 2 rows"),
+        ("a.parquet", b"PAR1 nonsense", "auto", "cannot be read as parquet"),
+        ("empty.csv", b"", "auto", "cannot be read as csv"),
+        ("a.csv", b"x,y\n1,2\n", "auto", r"none of the 1 rows is a record \(columns: x, y\)"),
+        ("a.jsonl", b"{}", "hf", "is a directory"),
+        ("directory/", None, "auto", "no data files in this directory"),
+        ("directory/", None, "hf", "state.json is missing"),
+    ],
+)
+def test_what_cannot_be_profiled_gives_a_clear_error(
+    tmp_path: Path, name: str, content: bytes | None, form: str, message: str
+) -> None:
+    path = tmp_path / name
+    if name.endswith("/"):
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(DatasetError, match=message) as caught:
+        analyze(path, format=form)  # type: ignore[arg-type]
+    assert str(path) in str(caught.value)
+
+
+def test_the_histogram_is_a_png_also_without_tokens(tmp_path: Path, encoder: RecordEncoder) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*RECORDS, {"instruction": "long", "output": "x " * 20_000}])
+    profiles: list[DatasetProfile] = [analyze(path, encoder=encoder), analyze(path)]
+
+    for profile in profiles:
+        picture = token_histogram_png(profile)
+        assert picture.startswith(b"\x89PNG")
+        assert picture[16:24] == (960).to_bytes(4) + (480).to_bytes(4)
