@@ -10,7 +10,7 @@ from finetune.export.models import GgufExport, MergedModel
 from finetune.publishing import read_manifest
 from finetune.registry.models import RegisteredVersion
 from finetune.training.models import TrainingResult
-from lora_assets.assets.common import SETTINGS, key, log_progress, path, table
+from lora_assets.assets.common import SETTINGS, key, log_progress, made_from, path, table
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 
@@ -114,10 +114,7 @@ def version_unaltered(registered_adapter: RegisteredVersion, store: ArtifactStor
 @dg.asset_check(
     asset=key("merged_model"),
     blocking=True,
-    additional_ins={
-        "promoted_adapter": dg.AssetIn(key=key("promoted_adapter")),
-        "merged_dataset": dg.AssetIn(key=key("merged_dataset")),
-    },
+    additional_ins=made_from("promoted_adapter", "merged_dataset"),
 )
 def merged_equals_base_plus_adapter(
     context: dg.AssetCheckExecutionContext,
@@ -148,10 +145,7 @@ def merged_equals_base_plus_adapter(
 @dg.asset_check(
     asset=key("gguf"),
     blocking=True,
-    additional_ins={
-        "merged_model": dg.AssetIn(key=key("merged_model")),
-        "merged_dataset": dg.AssetIn(key=key("merged_dataset")),
-    },
+    additional_ins=made_from("merged_model", "merged_dataset"),
 )
 def gguf_answers_like_merged_model(
     context: dg.AssetCheckExecutionContext,

@@ -34,6 +34,11 @@ def key(name: str) -> dg.AssetKey:
     return dg.AssetKey([PREFIX, name])
 
 
+def made_from(*names: str) -> dict[str, dg.AssetIn]:
+    """Inputs of an asset or check: parameters that are named like the pipeline's assets."""
+    return {name: dg.AssetIn(key=key(name)) for name in names}
+
+
 def log_progress(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Progress:
     """A listener that writes to the run's log: first and last report of a stage, else one every 2 seconds."""
     last: dict[str, float] = {}

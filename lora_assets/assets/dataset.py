@@ -10,7 +10,18 @@ from finetune.dataset.discovery import discover_exports, stat_fingerprint, windo
 from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.dataset.prepare import prepare_dataset
 from finetune.dataset.profile import profile_dataset
-from lora_assets.assets.common import COMMON, OWNERS, PREFIX, SETTINGS, key, log_progress, path, picture, table
+from lora_assets.assets.common import (
+    COMMON,
+    OWNERS,
+    PREFIX,
+    SETTINGS,
+    key,
+    log_progress,
+    made_from,
+    path,
+    picture,
+    table,
+)
 from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
@@ -87,6 +98,7 @@ def merged_dataset(
 
 @dg.asset(
     **COMMON,
+    ins=made_from("merged_dataset"),
     group_name="dataset",
     kinds={"python", "tokenizers"},
     code_version="1",

@@ -6,7 +6,7 @@ from pydantic import Field
 from finetune.dataset.models import PreparedDataset
 from finetune.export.models import GgufExport, LmStudioExport, MergedModel, OllamaExport
 from finetune.registry.models import RegisteredVersion
-from lora_assets.assets.common import COMMON, SETTINGS, choice, log_progress, path, table
+from lora_assets.assets.common import COMMON, SETTINGS, choice, log_progress, made_from, path, table
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.ollama import OllamaServer
@@ -23,6 +23,7 @@ class MergeConfig(dg.Config):
 
 @dg.asset(
     **COMMON,
+    ins=made_from("promoted_adapter", "merged_dataset"),
     group_name="export",
     kinds={"pytorch", "huggingface"},
     code_version="1",
@@ -75,6 +76,7 @@ class GgufConfig(dg.Config):
 
 @dg.asset(
     **COMMON,
+    ins=made_from("merged_model", "promoted_adapter", "merged_dataset"),
     group_name="export",
     kinds={"gguf", "llamacpp"},
     code_version="1",
@@ -132,6 +134,7 @@ def gguf(
 
 @dg.asset(
     **COMMON,
+    ins=made_from("gguf"),
     group_name="export",
     kinds={"ollama"},
     code_version="1",
@@ -170,6 +173,7 @@ def modelfile(
 
 @dg.asset(
     **COMMON,
+    ins=made_from("gguf"),
     group_name="export",
     kinds={"lmstudio"},
     code_version="1",

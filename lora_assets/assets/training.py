@@ -19,7 +19,19 @@ from finetune.registry.promotion import champion, promote, settle
 from finetune.registry.store import get_version, register_adapter
 from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest, TrainingResult
-from lora_assets.assets.common import COMMON, OWNERS, PREFIX, SETTINGS, choice, key, log_progress, path, picture, table
+from lora_assets.assets.common import (
+    COMMON,
+    OWNERS,
+    PREFIX,
+    SETTINGS,
+    choice,
+    key,
+    log_progress,
+    made_from,
+    path,
+    picture,
+    table,
+)
 from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
@@ -56,6 +68,7 @@ class PlanConfig(dg.Config):
 
 @dg.asset(
     **COMMON,
+    ins=made_from("dataset_profile"),
     group_name="training",
     kinds={"python"},
     code_version="1",
@@ -96,6 +109,7 @@ def training_plan(
 
 @dg.asset(
     **COMMON,
+    ins=made_from("merged_dataset", "training_plan"),
     group_name="training",
     kinds={"pytorch", "huggingface"},
     code_version="1",
@@ -187,6 +201,7 @@ def _train(
 
 @dg.asset(
     **COMMON,
+    ins=made_from("adapter", "merged_dataset", "training_plan"),
     group_name="training",
     kinds={"pytorch", "html"},
     code_version="1",
@@ -268,7 +283,7 @@ class PromotionConfig(dg.Config):
             code_version="1",
         ),
     },
-    ins={name: dg.AssetIn(key=key(name)) for name in ("adapter", "eval_report", "merged_dataset", "training_plan")},
+    ins=made_from("adapter", "eval_report", "merged_dataset", "training_plan"),
     partitions_def=dataset_dates,
     can_subset=False,
 )
