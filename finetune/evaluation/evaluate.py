@@ -20,6 +20,7 @@ from finetune.evaluation.generation import greedy_answers
 from finetune.evaluation.heldout import HeldOut, Question, read_heldout, sample_questions
 from finetune.evaluation.models import Answer, ChampionComparison, ChampionRef, EvalReport
 from finetune.evaluation.plots import change_by_record_png, loss_histogram_png
+from finetune.evaluation.regressions import Regression, failures, fingerprint, read_regressions
 from finetune.evaluation.report import render_report
 from finetune.evaluation.scoring import Scores, score
 from finetune.evaluation.statistics import bootstrap_ci95
@@ -43,6 +44,7 @@ def evaluate_adapter(
     output_dir: Path,
     run_id: str,
     champion: ChampionRef | None = None,
+    regressions: Path | None = None,
     max_length: int,
     on_progress: Progress = ignore_progress,
     sample_answers: int = 12,
@@ -62,6 +64,7 @@ def evaluate_adapter(
         output_dir: where the report is published.
         run_id: the training's id.
         champion: the reigning champion; compared if it is another adapter of the same base model.
+        regressions: a directory of fixed prompts (`finetune.evaluation.regressions`) to put to the adapter.
         max_length: records are cut at so many tokens, as in training.
         on_progress: told of every batch.
         sample_answers: how many held-out questions are answered side by side.
@@ -69,6 +72,7 @@ def evaluate_adapter(
 
     Raises:
         DatasetError: no held-out record can be scored.
+        ConfigurationError: the regression prompts are not as they should be.
         BaseModelError: the base model cannot be loaded.
         ArtifactError: an adapter is damaged, does not fit the base model, or gives losses that are no numbers.
     """
@@ -77,10 +81,12 @@ def evaluate_adapter(
     reigns_already = champion is not None and champion.adapter_hash == hash_of_adapter
     if champion is not None and (reigns_already or champion.base_fingerprint != base_model.fingerprint):
         champion = None
+    cases = [] if regressions is None else read_regressions(regressions)
     inputs = {
         "base_fingerprint": base_model.fingerprint,
         "adapter_hash": hash_of_adapter,
         "dataset_sha256": sha256_file(dataset) if dataset.is_file() else None,
+        "regressions": fingerprint(cases),
     }
     parameters = {
         "method": _METHOD,
@@ -110,6 +116,7 @@ def evaluate_adapter(
     base_scores, base_answers = measure.scores(model, "the base model", base_model.path), measure.answers(model)
     with attached(model, adapter_path) as adapted:
         scores, answers = measure.scores(adapted, "the adapter", adapter_path), measure.answers(adapted)
+        failed = failures(cases, _regression_answers(adapted, encoder, cases))
 
     def interval(other: Scores) -> tuple[float, float]:
         return bootstrap_ci95(scores.nats - other.nats, scores.tokens, resamples=_RESAMPLES, seed=seed)
@@ -158,6 +165,8 @@ def evaluate_adapter(
             key=lambda group: int(group.name.split("–")[0]),
         ),
         worst=worst(held_out, base_scores, scores),
+        regressions=len(cases),
+        failed_regressions=failed,
         truncated=held_out.truncated,
         skipped=held_out.skipped,
     )
@@ -229,6 +238,13 @@ class _Measure:
     def _after_batch(self, records: int) -> None:
         self._done += records
         self._on_progress(ProgressEvent("evaluate", self._done, self._total, "records"))
+
+
+def _regression_answers(model: Any, encoder: RecordEncoder, cases: Sequence[Regression]) -> list[str]:
+    if not cases:
+        return []
+    prompts = [encoder.encode_prompt(case.conversation) for case in cases]
+    return greedy_answers(model, encoder, prompts, max_new_tokens=max(case.max_new_tokens for case in cases))
 
 
 def _published(output_dir: Path, inputs: dict[str, Any], parameters: dict[str, Any]) -> EvalReport | None:

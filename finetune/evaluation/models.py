@@ -66,6 +66,17 @@ class Worsened(BaseModel):
     eval_loss: float
 
 
+class FailedRegression(BaseModel):
+    """A fixed prompt whose answer with the adapter is not as expected."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: str
+    prompt: str
+    answer: str
+    why: str
+
+
 class EvalReport(BaseModel):
     """Base against adapter on held-out data; losses in nats per token of the assistant's side."""
 
@@ -101,6 +112,9 @@ class EvalReport(BaseModel):
     by_source: list[Group] = []
     by_length: list[Group] = []
     worst: list[Worsened] = []
+    # fixed prompts that were put to the adapter, and those that it failed
+    regressions: int = 0
+    failed_regressions: list[FailedRegression] = []
     # records that were cut at max_length, and those of which nothing was left to score
     truncated: int = 0
     skipped: int = 0

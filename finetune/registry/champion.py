@@ -3,7 +3,8 @@
 A candidate becomes champion if
 
 1. it beats its base model: the whole 95 % confidence interval of the change in loss lies below zero;
-2. and it beats the reigning champion in the same way, on the same held-out records.
+2. and it answers every regression prompt as expected;
+3. and it beats the reigning champion in the same way, on the same held-out records.
 
 What cannot be compared is not promoted: an adapter on another base model than the champion's (their
 losses per token mean different things), or a report made against an earlier champion. Both stay
@@ -60,6 +61,10 @@ def decide(report: EvalReport, reigning: RegisteredVersion | None, *, adapter_ha
     on_base = _comparison("the base model", report.base_loss, report.eval_loss, report.delta_ci95)
     if report.delta_ci95[1] >= 0:
         return decision(False, f"not shown to be better than {on_base}")
+    if report.failed_regressions:
+        failed = ", ".join(f"{case.id} ({case.why})" for case in report.failed_regressions[:3])
+        count = f"{len(report.failed_regressions)} of {report.regressions}"
+        return decision(False, f"better than {on_base}; but it fails {count} regression prompts, such as {failed}")
     if reigning is None:
         return decision(True, f"the first champion: better than {on_base}")
     if reigning.base_fingerprint != report.base_fingerprint:

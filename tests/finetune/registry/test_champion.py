@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import ArtifactError
-from finetune.evaluation.models import ChampionComparison, EvalReport
+from finetune.evaluation.models import ChampionComparison, EvalReport, FailedRegression
 from finetune.registry.champion import decide
 from finetune.registry.models import RegisteredVersion
 
@@ -112,3 +112,14 @@ def test_a_report_made_against_an_earlier_champion_does_not_count(comparison: Ch
 def test_a_report_of_another_adapter_is_an_error() -> None:
     with pytest.raises(ArtifactError, match="not of other"):
         decide(report(), None, adapter_hash="other")
+
+
+def test_a_candidate_that_fails_a_regression_prompt_stays_challenger() -> None:
+    failed = FailedRegression(id="politeness", prompt="Hi", answer="Go away", why="contains 'go away'")
+    decision = decide(
+        report(champion=against(-0.6, -0.4), regressions=4, failed_regressions=[failed]),
+        reigning(),
+        adapter_hash="candidate",
+    )
+    assert not decision.champion
+    assert "fails 1 of 4 regression prompts, such as politeness (contains 'go away')" in decision.reason
