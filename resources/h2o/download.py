@@ -11,7 +11,6 @@ from finetune.errors import RemoteError, TrainingError, full_disk_named
 from finetune.publishing import sha256_file, write_json_atomically
 from resources.h2o.client import H2OClient, PassingFailureError
 
-_CHUNK = 1 << 20
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
@@ -109,7 +108,8 @@ def _one_answer(
         with part.open("r+b" if start else "wb") as file:
             file.seek(start)
             file.truncate()
-            for piece in response.iter_raw(_CHUNK):
+            # Pieces as they come: one that waits to be filled up is lost when the line breaks.
+            for piece in response.iter_raw():
                 file.write(piece)
                 done += len(piece)
                 if done > limit_bytes:

@@ -1,0 +1,631 @@
+import json
+import logging
+import os
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import zipfile
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.base_model.models import BaseModelRef
+from finetune.dataset.models import Counts, PreparedDataset
+from finetune.errors import ConfigurationError, FinetuneError, RemoteError, TrainingError
+from finetune.planning.models import MemoryEstimate, TrainingPlan, TrialConfig
+from finetune.progress import ProgressEvent
+from finetune.publishing import is_complete, read_manifest
+from finetune.registry.hashing import adapter_hash
+from finetune.training.models import TrainingRequest, TrainingResult
+from resources.h2o.protocol import Limits, Timing
+from resources.h2o_trainer import H2OTrainer
+from tests.resources import h2o_server
+from tests.resources.h2o_server import (
+    KEY,
+    H2OServer,
+    adapter_files,
+    archive,
+    drips,
+    flips_a_bit,
+    loses_the_answer,
+    resets,
+    says,
+    truncates,
+)
+
+FAST = {
+    "connect_timeout": 2,
+    "read_timeout": 2,
+    "answer_timeout": 2,
+    "poll": 0.005,
+    "poll_ceiling": 0.02,
+    "retry": 0.01,
+    "retry_ceiling": 0.05,
+    "retry_budget": 3,
+    "stalled": 20,
+    "total": 60,
+}
+
+
+@pytest.fixture
+def server() -> Iterator[H2OServer]:
+    server = H2OServer()
+    yield server
+    server.close()
+
+
+def request_in(root: Path) -> TrainingRequest:
+    prepared = root / "prepared"
+    prepared.mkdir(exist_ok=True)
+    (prepared / "train.jsonl").write_text('{"prompt": "Хто?", "completion": "Я"}\n' * 500, encoding="utf-8")
+    return TrainingRequest(
+        run_id="20260101-abc",
+        date="2026-01-01",
+        dataset=PreparedDataset(
+            path=prepared,
+            date="2026-01-01",
+            fingerprint="f" * 64,
+            window_dates=["2026-01-01"],
+            counts=Counts(lines=500, train=500, eval=0, duplicates=0, rejected=0, blank=0),
+            rejects_by_reason={},
+            rejects_by_file={},
+        ),
+        plan=TrainingPlan(
+            trial_config=TrialConfig(trial_id="t", lora_rank=4),
+            search_space={},
+            memory_estimate=MemoryEstimate(
+                vram_gb=1, fits=None, limit_gb=None, model_params=1, trainable_params=1, parts={}
+            ),
+            explanations=[],
+            estimated_steps=4,
+            estimated_tokens=None,
+        ),
+        base_model=BaseModelRef(name="tiny", path=root / "base", revision=None, fingerprint="b" * 64),
+        adapter_dir=root / "adapters" / "20260101-abc",
+        work_dir=root / "work",
+    )
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> TrainingRequest:
+    return request_in(tmp_path)
+
+
+def trainer_for(server: H2OServer, *, limits: Limits | None = None, **timing: float) -> H2OTrainer:
+    return H2OTrainer(api_url=server.url, api_key=KEY, timing=Timing(**{**FAST, **timing}), limits=limits or Limits())
+
+
+def train(
+    trainer: H2OTrainer,
+    request: TrainingRequest,
+    events: list[ProgressEvent] | None = None,
+    external: list[tuple[str, str]] | None = None,
+) -> TrainingResult:
+    return trainer.train(
+        request,
+        on_progress=([] if events is None else events).append,
+        on_external_run=lambda run, url: ([] if external is None else external).append((run, url)),
+    )
+
+
+def test_a_training_goes_to_the_server_and_comes_back_as_an_adapter_like_a_local_one(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    events: list[ProgressEvent] = []
+    external: list[tuple[str, str]] = []
+    result = train(trainer_for(server), request_, events, external)
+    assert (result.status, result.backend, result.training_steps) == ("completed", "h2o", 4)
+    assert (result.external_run_id, result.final_loss, result.gpu_hours) == ("exp/1", 0.5, 0.5)
+    assert external == [("exp/1", f"{server.url}/api/experiments/exp%2F1")]
+    assert server.uploaded["ds-1"] == request_.dataset.train_path.read_bytes()
+    body = server.experiments["exp/1"]["body"]
+    assert body["idempotency_key"] == request_.run_id
+    assert body["config"]["lora_rank"] == 4
+    manifest = read_manifest(request_.adapter_dir, kind="adapter", verify="hashes")
+    assert sorted(manifest.outputs) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loss_curve.png",
+        "training_log.jsonl",
+    ]
+    assert result.adapter_hash == adapter_hash(request_.adapter_dir) == manifest.results["adapter_hash"]
+    config = json.loads((request_.adapter_dir / "adapter_config.json").read_bytes())
+    assert config["base_model_name_or_path"] == "tiny"
+    assert [point.step for point in result.loss_curve] == [1, 2, 3, 4]
+    training = [event for event in events if event.stage == "remote training"]
+    assert [event.done for event in training] == [1, 2, 3, 4]
+    assert training[0].figures == {"loss": 2.0, "gpu_hours": 0.5}
+
+
+def test_a_complete_adapter_is_handed_back_without_a_call(server: H2OServer, request_: TrainingRequest) -> None:
+    first = train(trainer_for(server), request_)
+    calls = len(server.calls)
+    again = train(trainer_for(server), request_)
+    assert again == first.model_copy(update={"reused": True})
+    assert len(server.calls) == calls
+
+
+@pytest.mark.parametrize("call", ["upload", "list", "create", "poll", "download"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        says(429, Retry_After="0"),
+        says(503, Retry_After="Wed, 21 Oct 2015 07:28:00 GMT"),
+        says(500, b"<html>oops"),
+        resets,
+        loses_the_answer,
+    ],
+    ids=["429", "503", "500", "reset", "lost-answer"],
+)
+def test_a_passing_fault_at_any_call_is_survived_with_one_experiment(
+    server: H2OServer, request_: TrainingRequest, call: str, fault: h2o_server.Fault
+) -> None:
+    server.faults[call] = [fault, fault]
+    assert train(trainer_for(server), request_).status == "completed"
+    # An answer that was lost after the creation is not missed: the experiment is found.
+    once = call == "create" and fault is loses_the_answer
+    assert server.struck == [call] * (1 if once else 2)
+    assert (len(server.experiments), len(server.datasets)) == (1, 1)
+
+
+def test_a_lost_answer_to_the_creation_makes_no_second_experiment_even_on_a_server_without_idempotency(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    server.idempotent = False
+    server.faults["create"] = [loses_the_answer]
+    train(trainer_for(server), request_)
+    assert server.struck == ["create"]
+    assert len(server.experiments) == 1
+
+
+def test_a_server_that_cannot_list_is_trusted_to_heed_the_idempotency_key(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    server.lists = False
+    server.faults["create"] = [loses_the_answer]
+    train(trainer_for(server), request_)
+    assert "list" in server.calls
+    assert len(server.experiments) == 1
+
+
+def test_an_outage_longer_than_the_budget_ends_in_a_passing_error_and_the_next_run_goes_on(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    server.faults["poll"] = [says(503)] * 1000
+    with pytest.raises(RemoteError, match=r"HTTP 503: no.*H2O_API_URL"):
+        train(trainer_for(server, retry_budget=0.3), request_)
+    assert len(server.struck) > 3
+    server.faults["poll"].clear()
+    assert train(trainer_for(server), request_).status == "completed"
+    assert len(server.experiments) == 1
+
+
+def test_retry_after_is_honoured_and_read_by_the_servers_clock(server: H2OServer, request_: TrainingRequest) -> None:
+    events: list[ProgressEvent] = []
+    # The server's clock is years off; the pause between its two dates is one second.
+    date = {"Date": "Wed, 21 Oct 2015 07:28:00 GMT", "Retry_After": "Wed, 21 Oct 2015 07:28:01 GMT"}
+
+    def skewed(handler: h2o_server.Handler) -> bool:
+        handler.date_time_string = lambda timestamp=None: date["Date"]  # type: ignore[method-assign]
+        return says(503, Retry_After=date["Retry_After"])(handler)
+
+    server.faults["poll"] = [skewed]
+    train(trainer_for(server), request_, events)
+    assert server.struck == ["poll"]
+    assert any("trying again in 1.0 s" in event.stage for event in events)
+
+
+def test_a_retry_after_beyond_the_budget_ends_at_once(server: H2OServer, request_: TrainingRequest) -> None:
+    server.faults["poll"] = [says(429, Retry_After="86400")]
+    with pytest.raises(RemoteError, match="HTTP 429"):
+        train(trainer_for(server), request_)
+    assert server.calls.count("poll") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "kind", "says_what"),
+    [
+        (401, ConfigurationError, "H2O_API_KEY"),
+        (403, ConfigurationError, "H2O_API_KEY"),
+        (404, TrainingError, "vanished"),
+        (422, TrainingError, "Correct"),
+    ],
+)
+def test_a_refusal_ends_at_once_with_the_servers_message(
+    server: H2OServer, request_: TrainingRequest, status: int, kind: type[FinetuneError], says_what: str
+) -> None:
+    server.faults["create"] = [says(status, b'{"detail": "rank 4 is not for you"}')]
+    with pytest.raises(kind, match=rf"HTTP {status}: rank 4 is not for you.*{says_what}"):
+        train(trainer_for(server), request_)
+    assert server.calls.count("create") == 1
+    assert not request_.adapter_dir.exists()
+
+
+@pytest.mark.parametrize("call", ["upload", "create", "poll"])
+def test_answers_that_are_no_json_end_soon_in_one_clear_error(
+    server: H2OServer, request_: TrainingRequest, call: str
+) -> None:
+    server.faults[call] = [says(200, b"<html>Sign in</html>")] * 10
+    with pytest.raises(RemoteError, match=r"no JSON: <html>Sign in.*H2O_API_URL"):
+        train(trainer_for(server), request_)
+    assert server.struck == [call] * 5
+
+
+def test_a_body_that_drips_is_given_up_and_asked_for_again(server: H2OServer, request_: TrainingRequest) -> None:
+    server.faults["poll"] = [drips]
+    assert train(trainer_for(server, answer_timeout=0.2), request_).status == "completed"
+    assert server.struck == ["poll"]
+
+
+def test_a_server_that_sends_nothing_is_given_up_and_asked_again(server: H2OServer, request_: TrainingRequest) -> None:
+    quiet = threading.Event()
+
+    def silent(handler: h2o_server.Handler) -> bool:
+        quiet.wait(5)
+        return resets(handler)
+
+    server.faults["poll"] = [silent]
+    assert train(trainer_for(server, read_timeout=0.2), request_).status == "completed"
+    quiet.set()
+    assert server.struck == ["poll"]
+
+
+@pytest.mark.parametrize(
+    ("outcome", "message"),
+    [
+        ({"status": "failed", "error": "no memory", "log_tail": h2o_server.LOG}, r"failed .*no memory.*CUDA out of"),
+        ({"status": "stopped"}, "was stopped"),
+    ],
+)
+def test_an_experiment_that_ends_badly_tells_why_and_the_next_run_makes_a_new_one(
+    server: H2OServer, request_: TrainingRequest, outcome: dict[str, Any], message: str
+) -> None:
+    server.outcome = outcome
+    with pytest.raises(TrainingError, match=f"(?s){message}"):
+        train(trainer_for(server), request_)
+    server.outcome = {"status": "finished"}
+    assert train(trainer_for(server), request_).external_run_id == "exp/2"
+    assert len(server.datasets) == 1
+
+
+def test_after_a_bad_end_a_lost_work_directory_still_leads_to_a_new_experiment(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    server.outcome = {"status": "failed"}
+    with pytest.raises(TrainingError):
+        train(trainer_for(server), request_)
+    (request_.work_dir / "h2o.json").unlink()
+    server.outcome = {"status": "finished"}
+    assert train(trainer_for(server), request_).external_run_id == "exp/2"
+
+
+def test_an_experiment_that_vanishes_is_an_error_and_the_next_run_makes_a_new_one(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    def vanish(handler: h2o_server.Handler) -> bool:
+        server.experiments.clear()
+        return False
+
+    server.faults["poll"] = [vanish]
+    with pytest.raises(TrainingError, match=r"no such experiment.*vanished"):
+        train(trainer_for(server), request_)
+    assert train(trainer_for(server), request_).status == "completed"
+
+
+def test_an_unknown_status_names_the_setting(server: H2OServer, request_: TrainingRequest) -> None:
+    server.outcome = {"status": "meditating"}
+    with pytest.raises(ConfigurationError, match=r"'meditating'.*status lists"):
+        train(trainer_for(server), request_)
+
+
+def test_an_experiment_without_news_is_reported_as_stalled_and_kept(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    def freeze(handler: h2o_server.Handler) -> bool:
+        server.hold.clear()
+        return False
+
+    server.faults["poll"] = [lambda handler: False, freeze]
+    with pytest.raises(TrainingError, match=r"stalled: no news for 0.2 s at step 1"):
+        train(trainer_for(server, stalled=0.2), request_)
+    assert server.struck == ["poll", "poll"]
+    server.hold.set()
+    assert train(trainer_for(server), request_).external_run_id == "exp/1"
+
+
+def test_the_whole_takes_no_longer_than_it_may(server: H2OServer, request_: TrainingRequest) -> None:
+    server.hold.clear()
+    with pytest.raises(RemoteError, match=r"took longer than 0.3 s"):
+        train(trainer_for(server, total=0.3), request_)
+
+
+def test_a_download_that_breaks_off_is_continued_where_it_broke(server: H2OServer, request_: TrainingRequest) -> None:
+    server.faults["download"] = [truncates, truncates]
+    train(trainer_for(server), request_)
+    assert server.struck == ["download", "download"]
+    half = len(server.archive) // 2
+    assert server.range_headers == [None, f"bytes={half}-", f"bytes={half + (len(server.archive) - half) // 2}-"]
+
+
+def test_a_server_without_ranges_sends_everything_again(server: H2OServer, request_: TrainingRequest) -> None:
+    server.ranges = False
+    server.faults["download"] = [truncates]
+    train(trainer_for(server), request_)
+    assert server.struck == ["download"]
+    assert is_complete(request_.adapter_dir)
+
+
+def test_nothing_is_continued_where_nothing_would_show_a_change(server: H2OServer, request_: TrainingRequest) -> None:
+    server.etag, server.tells_sha256 = None, False
+    server.faults["download"] = [truncates]
+    train(trainer_for(server), request_)
+    assert server.range_headers == [None, None]
+
+
+def test_an_archive_that_changed_in_between_is_fetched_anew(server: H2OServer, request_: TrainingRequest) -> None:
+    def changes(handler: h2o_server.Handler) -> bool:
+        server.etag = '"v2"'
+        server.archive = archive({**adapter_files(), "adapter_model/README.md": b"newer"})
+        return False
+
+    server.tells_sha256 = False
+    server.faults["download"] = [truncates, changes]
+    train(trainer_for(server), request_)
+    assert server.struck == ["download", "download"]
+    assert is_complete(request_.adapter_dir)
+
+
+def test_a_flipped_bit_is_noticed_and_fetched_again(server: H2OServer, request_: TrainingRequest) -> None:
+    server.faults["download"] = [flips_a_bit]
+    train(trainer_for(server), request_)
+    assert server.struck == ["download"]
+    assert server.calls.count("download") == 2
+
+
+def test_wrong_bytes_twice_are_an_error_and_nothing_is_published(server: H2OServer, request_: TrainingRequest) -> None:
+    server.faults["download"] = [flips_a_bit, flips_a_bit]
+    with pytest.raises(RemoteError, match=r"SHA-256.*twice"):
+        train(trainer_for(server), request_)
+    assert server.struck == ["download", "download"]
+    assert not request_.adapter_dir.exists()
+
+
+def test_an_archive_over_the_limit_is_refused_before_it_fills_the_disk(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    with pytest.raises(TrainingError, match="over the limit of 100"):
+        train(trainer_for(server, limits=Limits(download_bytes=100)), request_)
+    assert not list(request_.work_dir.glob("adapter.zip*"))
+
+
+def hostile(change: Callable[[zipfile.ZipFile], None], files: dict[str, bytes] | None = None) -> bytes:
+    buffer = BytesIO(archive(files or adapter_files()))
+    with zipfile.ZipFile(buffer, "a") as zipped:
+        change(zipped)
+    return buffer.getvalue()
+
+
+def link(zipped: zipfile.ZipFile) -> None:
+    entry = zipfile.ZipInfo("adapter_model/special.json")
+    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+    zipped.writestr(entry, "/etc/passwd")
+
+
+def bomb(zipped: zipfile.ZipFile) -> None:
+    zipped.writestr("adapter_model/zeros.json", bytes(5_000_000), zipfile.ZIP_DEFLATED)
+
+
+HOSTILE = {
+    "parent": (hostile(lambda z: z.writestr("../outside.json", b"x")), "leads out"),
+    "absolute": (hostile(lambda z: z.writestr("/tmp/outside.json", b"x")), "leads out"),
+    "backslash": (hostile(lambda z: z.writestr("..\\outside.json", b"x")), "leads out"),
+    "link": (hostile(link), "link"),
+    "pickle": (hostile(lambda z: z.writestr("adapter_model/optimizer.pt", b"x")), "no safetensors adapter has"),
+    "bomb": (hostile(bomb), "unpacked, over the limit"),
+    "many": (hostile(lambda z: [z.writestr(f"{n}.txt", b"") for n in range(60)] and None), "files, over the limit"),
+    "not-a-zip": (b"PK\x03\x04 but no more", "damaged"),
+    "no-adapter": (archive({"adapter_model/README.md": b"x"}), "0 directories"),
+    "two-adapters": (
+        archive(adapter_files() | {name.replace("adapter_", "x_", 1): c for name, c in adapter_files().items()}),
+        "2 directories",
+    ),
+    "other-rank": (archive(adapter_files(rank=8)), "r is 8 instead of 4"),
+    "imports": (
+        archive(adapter_files() | {"adapter_model/adapter_config.json": b'{"auto_mapping": {"parent_library": "os"}}'}),
+        "auto_mapping",
+    ),
+    "short-weights": (
+        archive(adapter_files() | {"adapter_model/adapter_model.safetensors": b"\xff\xff\x00\x00\x00\x00\x00\x00{}"}),
+        "weights are damaged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_or_wrong_archive_is_refused_and_leaves_nothing(
+    server: H2OServer, request_: TrainingRequest, tmp_path: Path, name: str
+) -> None:
+    server.archive, message = HOSTILE[name]
+    before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(request_.work_dir)}
+    with pytest.raises(FinetuneError, match=message):
+        train(trainer_for(server, limits=Limits(unpacked_bytes=1_000_000, files=50)), request_)
+    after = {path for path in tmp_path.rglob("*") if not path.is_relative_to(request_.work_dir)}
+    assert after - before <= {request_.adapter_dir.parent}
+    assert not Path("/tmp/outside.json").exists()
+
+
+def test_the_key_does_not_follow_a_redirect_to_another_host(server: H2OServer, request_: TrainingRequest) -> None:
+    other = H2OServer()
+    other.key = "another"
+    try:
+        server.faults["download"] = [says(302, b"", Location=f"{other.url}/api/experiments/exp%2F1/download")]
+        other.experiments["exp/1"] = {"status": "finished"}
+        other.faults["download"] = [lambda handler: handler.download("exp%2F1") or True]
+        train(trainer_for(server), request_)
+        assert server.struck == ["download"]
+        assert other.calls == ["download"]
+        assert other.authorizations == [None]
+    finally:
+        other.close()
+
+
+@pytest.mark.parametrize("call", ["upload", "create", "poll"])
+def test_a_redirected_call_is_an_error_that_names_the_other_host(
+    server: H2OServer, request_: TrainingRequest, call: str
+) -> None:
+    server.faults[call] = [says(307, b"", Location="http://evil.invalid/api")]
+    with pytest.raises(ConfigurationError, match=r"redirects to evil\.invalid.*H2O_API_URL"):
+        train(trainer_for(server), request_)
+    assert server.struck == [call]
+
+
+def test_the_key_is_in_nothing_that_is_written_or_said(
+    server: H2OServer, request_: TrainingRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    events: list[ProgressEvent] = []
+    # A server that repeats what it was sent.
+    server.faults["poll"] = [says(500, f'{{"detail": "bad header Bearer {KEY}"}}'.encode())]
+    server.faults["create"] = [says(422, f"Authorization: Bearer {KEY}".encode())]
+    with pytest.raises(TrainingError, match=r"Bearer \*\*\*") as caught:
+        train(trainer_for(server), request_, events)
+    train(trainer_for(server), request_, events)
+    assert server.struck == ["create", "poll"]
+    assert KEY not in "".join(map(str, events)) + caplog.text + str(caught.value) + repr(trainer_for(server))
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("url", "key", "names"),
+    [
+        ("https://user:pa55word@host", None, "H2O_API_URL"),
+        ("ftp://host", None, "H2O_API_URL"),
+        ("host:8080", None, "H2O_API_URL"),
+        ("https://host", "pa55word\nX-Evil: 1", "H2O_API_KEY"),
+        ("https://host", "pa55wordключ", "H2O_API_KEY"),
+    ],
+)
+def test_an_address_or_key_that_cannot_be_used_is_named_and_not_repeated(
+    request_: TrainingRequest, url: str, key: str | None, names: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=names) as caught:
+        train(H2OTrainer(api_url=url, api_key=key), request_)
+    assert "pa55word" not in str(caught.value)
+
+
+def test_an_experiment_can_be_cancelled(server: H2OServer, request_: TrainingRequest) -> None:
+    server.hold.clear()
+    with pytest.raises(RemoteError):
+        train(trainer_for(server, total=0.1), request_)
+    assert trainer_for(server).cancel(request_)
+    assert server.experiments["exp/1"]["status"] == "stopped"
+
+
+CLIENT = """
+import sys
+from pathlib import Path
+from tests.resources.h2o_server import KEY
+from tests.resources.test_h2o_trainer import FAST, request_in
+from resources.h2o.protocol import Timing
+from resources.h2o_trainer import H2OTrainer
+trainer = H2OTrainer(api_url=sys.argv[1], api_key=KEY, timing=Timing(**FAST))
+trainer.train(request_in(Path(sys.argv[2])), on_progress=lambda event: None, on_external_run=lambda run, url: None)
+libraries = {"torch", "transformers", "peft", "trl", "datasets", "safetensors"} & set(sys.modules)
+assert not libraries, libraries
+"""
+
+
+def start_client(server: H2OServer, root: Path) -> subprocess.Popen[bytes]:
+    repository = Path(__file__).parents[2]
+    return subprocess.Popen([sys.executable, "-c", CLIENT, server.url, str(root)], cwd=repository)
+
+
+def test_no_training_library_is_loaded(server: H2OServer, tmp_path: Path) -> None:
+    assert start_client(server, tmp_path).wait(60) == 0
+    assert is_complete(tmp_path / "adapters" / "20260101-abc")
+
+
+@pytest.mark.parametrize("stage", ["before-upload", "after-upload", "after-creation", "polling", "downloading"])
+def test_a_client_that_is_killed_at_any_stage_and_started_again_makes_one_experiment(
+    server: H2OServer, tmp_path: Path, stage: str
+) -> None:
+    reached, killed = threading.Event(), threading.Event()
+
+    def stop(handler: h2o_server.Handler) -> bool:
+        reached.set()
+        killed.wait(60)
+        return resets(handler)
+
+    def stop_after_the_deed(handler: h2o_server.Handler) -> bool:
+        handler.mute = True
+        (handler.upload if stage == "after-upload" else handler.create)()
+        reached.set()
+        killed.wait(60)
+        return True
+
+    def stop_half_way(handler: h2o_server.Handler) -> bool:
+        handler.half = True
+        handler.download("exp%2F1")
+        server.faults["download"].insert(0, stop)
+        return True
+
+    call, fault = {
+        "before-upload": ("upload", stop),
+        "after-upload": ("upload", stop_after_the_deed),
+        "after-creation": ("create", stop_after_the_deed),
+        "polling": ("poll", stop),
+        "downloading": ("download", stop_half_way),
+    }[stage]
+    server.faults[call] = [fault]
+    client = start_client(server, tmp_path)
+    assert reached.wait(60)
+    client.send_signal(signal.SIGKILL)
+    assert client.wait() == -signal.SIGKILL
+    killed.set()
+    assert train(trainer_for(server), request_in(tmp_path)).status == "completed"
+    assert (len(server.experiments), len(server.datasets)) == (1, 1)
+    assert is_complete(tmp_path / "adapters" / "20260101-abc")
+    if stage == "downloading":
+        assert server.range_headers[-1] == f"bytes={len(server.archive) // 2}-"
+
+
+def test_a_certificate_of_a_private_authority_is_trusted_by_setting_alone(
+    request_: TrainingRequest, tmp_path: Path
+) -> None:
+    import ssl
+
+    certificate, key = tmp_path / "ca.pem", tmp_path / "ca.key"
+    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {certificate}"
+    subprocess.run([*command.split(), "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
+    server = H2OServer()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server._http.socket = context.wrap_socket(server._http.socket, server_side=True)
+    url = server.url.replace("http:", "https:")
+    try:
+        timing = Timing(**FAST)
+        with pytest.raises(ConfigurationError, match=r"not trusted: self.signed.*ca_file"):
+            train(H2OTrainer(api_url=url, api_key=KEY, timing=timing), request_)
+        assert server.calls == []
+        trusted = H2OTrainer(api_url=url, api_key=KEY, timing=timing, ca_file=str(certificate))
+        assert train(trusted, request_).status == "completed"
+    finally:
+        server.close()
+
+
+def test_a_missing_authority_file_is_named(request_: TrainingRequest) -> None:
+    with pytest.raises(ConfigurationError, match=r"/nowhere/ca\.pem"):
+        train(H2OTrainer(api_url="https://127.0.0.1:1", ca_file="/nowhere/ca.pem"), request_)
+
+
+def test_the_key_may_come_from_a_file_with_a_line_break(server: H2OServer, request_: TrainingRequest) -> None:
+    trainer = H2OTrainer(api_url=server.url, api_key=f"{KEY}\n", timing=Timing(**FAST))
+    assert train(trainer, request_).status == "completed"
+    assert os.environ.get("H2O_API_KEY") is None
