@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.base_model.pretraining import Recipe, chat_template, pretrain
 from finetune.errors import ArtifactError, BaseModelError
 from finetune.progress import Progress, ignore_progress
-from finetune.publishing import Manifest, is_complete, publish_directory, read_manifest, sha256_json
+from finetune.publishing import TEMPORARY_MARK, Manifest, is_complete, publish_directory, read_manifest, sha256_json
 
 EMBEDDED_NAME = "lora-assets-tiny"
 _KIND = "base_model"
@@ -70,6 +71,9 @@ def make_embedded_model(
     if not is_complete(directory):
         with _locked(directory.with_name(f".{directory.name}.lock")):
             if not is_complete(directory):
+                # Only the lock's holder writes here: what lies about was left by one who was killed.
+                for leaving in directory.parent.glob(f".{directory.name}{TEMPORARY_MARK}*"):
+                    shutil.rmtree(leaving)
                 started = time.monotonic()
                 with publish_directory(directory, kind=_KIND) as staging:
                     figures = pretrain(recipe, staging.path, on_progress=on_progress)

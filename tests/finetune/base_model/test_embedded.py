@@ -110,6 +110,7 @@ def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_makes_it(tmp_pa
     assert not target.exists()
     process.stdout.close()
     assert make_embedded_model(tmp_path, recipe=HURRIED).path == target
+    assert list(tmp_path.glob(".embedded-*.tmp-*")) == []
 
 
 def test_an_altered_weight_is_noticed(model_directory: Path) -> None:
