@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _TEST_PROMPT = "Hello"
 
 
-class OllamaServer(dg.ConfigurableResource):
+class OllamaServer(dg.ConfigurableResource["OllamaServer"]):
     """Creates models on a running Ollama server; does nothing where no host is set."""
 
     host: str | None = Field(None, description="The server's address, as http://ollama:11434; none: no server.")

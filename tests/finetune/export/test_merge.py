@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.base_model.models import BaseModelRef
+from finetune.errors import ArtifactError, BaseModelError, ExportError
+from finetune.export.merge import check_merge, merge_adapter
+from finetune.export.models import MergedModel
+from tests.finetune.export.conftest import PROMPTS, MakeAdapter
+
+
+def lora(**changes: Any) -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | changes)
+
+
+def weights(model: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in model.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def merged_by_peft(base: Path, adapter: Path) -> dict[str, Any]:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    return dict(PeftModel.from_pretrained(model, adapter).merge_and_unload().state_dict())
+
+
+def corrupt_safetensors(file: Path, name: str) -> None:
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(file)
+    tensors[name] = tensors[name] * -1
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 3}},
+        {"target_modules": ["k_proj", "down_proj"]},
+    ],
+    ids=["lora", "rslora", "patterns", "some modules"],
+)
+def test_streaming_is_bitwise_equal_to_peft(
+    base: BaseModelRef, make_adapter: MakeAdapter, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    import torch
+
+    adapter = make_adapter(lora(**changes))
+    merged = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    assert merged.method == "streaming"
+    expected, found = merged_by_peft(base.path, adapter), weights(merged.path)
+    assert found.keys() == weights(base.path).keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    assert merged.merged_tensors == sum(not torch.equal(found[n], t) for n, t in weights(base.path).items()) > 0
+
+
+def test_streaming_a_bfloat16_model_is_bitwise_equal_to_peft(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    half = tmp_path / "half"
+    shutil.copytree(base.path, half, ignore=shutil.ignore_patterns("*.safetensors*"))
+    AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16).save_pretrained(half)
+    merged = merge_adapter(
+        base_model=base.model_copy(update={"path": half}),
+        adapter_path=adapter,
+        output_dir=tmp_path / "m",
+        run_id="r",
+        validate_on=PROMPTS,
+    )
+    expected, found = merged_by_peft(half, adapter), weights(merged.path)
+    assert found["model.layers.0.self_attn.q_proj.weight"].dtype is torch.bfloat16
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "untied"),
+    [
+        ({"use_dora": True}, False),
+        ({"modules_to_save": ["norm"], "target_modules": ["q_proj"]}, False),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, True),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
+    ],
+    ids=["dora", "modules to save", "lora on tied embeddings", "own head on tied embeddings"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_what_is_no_plain_lora_merges_through_peft(
+    base: BaseModelRef, make_adapter: MakeAdapter, tmp_path: Path, changes: dict[str, Any], untied: bool
+) -> None:
+    adapter = make_adapter(lora(**changes))
+    merged = merge_adapter(
+        base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r", validate_on=PROMPTS
+    )
+    assert merged.method == "peft"
+    assert ("lm_head.weight" in weights(merged.path)) is untied
+
+
+def test_ia3_merges(base: BaseModelRef, make_adapter: MakeAdapter, tmp_path: Path) -> None:
+    from peft import IA3Config
+
+    config = IA3Config(
+        task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    )
+    adapter = make_adapter(config)
+    merged = merge_adapter(
+        base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r", validate_on=PROMPTS
+    )
+    assert merged.method == "peft"
+    assert merged.merged_tensors == 6
+
+
+def test_prefix_tuning_is_refused(base: BaseModelRef, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "PREFIX_TUNING"}')
+    with pytest.raises(ExportError, match="virtual tokens"):
+        merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    assert not (tmp_path / "m").exists()
+
+
+def test_everything_a_loader_reads_travels(base: BaseModelRef, merged: MergedModel) -> None:
+    names = {file.name for file in base.path.iterdir()}
+    assert "model.safetensors.index.json" in names
+    assert "chat_template.jinja" in names
+    assert {file.name for file in merged.path.iterdir()} == names | {"manifest.json"}
+    assert all(file.stat().st_mode & 0o044 == 0o044 for file in merged.path.iterdir())
+    assert merged.total_parameters == sum(tensor.numel() for tensor in weights(base.path).values())
+
+
+def test_validation_is_reported(merged: MergedModel) -> None:
+    assert merged.max_logit_difference is not None
+    assert merged.logit_tolerance is not None
+    assert merged.max_logit_difference <= merged.logit_tolerance
+    assert merged.greedy_tokens_equal is True
+
+
+def test_pytorch_format_holds_the_same_model(
+    base: BaseModelRef, adapter: Path, merged: MergedModel, tmp_path: Path
+) -> None:
+    import torch
+
+    legacy = merge_adapter(
+        base_model=base,
+        adapter_path=adapter,
+        output_dir=tmp_path / "m",
+        run_id="r",
+        output_format="pytorch",
+        validate_on=PROMPTS,
+    )
+    shards = sorted(legacy.path.glob("*.bin"))
+    assert len(shards) > 1
+    assert not list(legacy.path.glob("*.safetensors*"))
+    expected = weights(merged.path)
+    found = {name: tensor for shard in shards for name, tensor in torch.load(shard, weights_only=True).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    index = json.loads((legacy.path / "pytorch_model.bin.index.json").read_text())
+    assert set(index["weight_map"].values()) == {shard.name for shard in shards}
+
+
+def test_the_same_inputs_are_merged_once(base: BaseModelRef, adapter: Path, merged: MergedModel) -> None:
+    before = (merged.path / "manifest.json").stat().st_mtime_ns
+    again = merge_adapter(
+        base_model=base, adapter_path=adapter, output_dir=merged.path, run_id="run1", validate_on=PROMPTS
+    )
+    assert again == merged.model_copy(update={"reused": True})
+    assert (merged.path / "manifest.json").stat().st_mtime_ns == before
+
+
+def test_another_adapter_is_merged_anew(
+    base: BaseModelRef, adapter: Path, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    first = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    other = make_adapter(lora())
+    second = merge_adapter(base_model=base, adapter_path=other, output_dir=tmp_path / "m", run_id="r")
+    assert (first.reused, second.reused) == (False, False)
+    check_merge(base_model=base, adapter_path=other, merged_path=second.path, prompts=PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "layer"),
+    [
+        ("model.layers.0.self_attn.q_proj.weight", "layer 0"),
+        ("model.layers.1.mlp.down_proj.weight", "layer 1"),
+        ("model.embed_tokens.weight", "the embeddings"),
+    ],
+)
+def test_the_check_names_the_first_layer_of_a_corrupted_model(
+    base: BaseModelRef, adapter: Path, merged: MergedModel, tmp_path: Path, tensor: str, layer: str
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(merged.path, damaged)
+    index = json.loads((damaged / "model.safetensors.index.json").read_text())["weight_map"]
+    corrupt_safetensors(damaged / index[tensor], tensor)
+    with pytest.raises(ExportError, match=f"first in {layer}"):
+        check_merge(base_model=base, adapter_path=adapter, merged_path=damaged, prompts=PROMPTS)
+
+
+def test_the_check_notices_a_cut_off_shard(
+    base: BaseModelRef, adapter: Path, merged: MergedModel, tmp_path: Path
+) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(merged.path, damaged)
+    shard = next(damaged.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(ExportError, match="does not load"):
+        check_merge(base_model=base, adapter_path=adapter, merged_path=damaged, prompts=PROMPTS)
+
+
+def test_a_merge_that_fails_its_validation_is_not_published(
+    base: BaseModelRef, adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.export.adapter import LoraPair
+
+    struck = []
+
+    def wrong(self: LoraPair) -> Any:
+        struck.append(self)
+        return -self.scale * (self.b @ self.a)
+
+    monkeypatch.setattr(LoraPair, "delta", wrong)
+    with pytest.raises(ExportError, match="differs from base"):
+        merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r", validate_on=PROMPTS)
+    assert struck
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_adapter_of_infinities_is_refused(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "adapter"
+    shutil.copytree(adapter, broken)
+    tensors = load_file(broken / "adapter_model.safetensors")
+    tensors[next(iter(tensors))][0, 0] = float("inf")
+    save_file(tensors, broken / "adapter_model.safetensors")
+    with pytest.raises(ExportError, match="not finite"):
+        merge_adapter(base_model=base, adapter_path=broken, output_dir=tmp_path / "m", run_id="r")
+
+
+def test_an_incomplete_adapter_is_refused(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json is missing"):
+        merge_adapter(base_model=base, adapter_path=tmp_path, output_dir=tmp_path / "m", run_id="r")
+    shutil.copy(adapter / "adapter_config.json", tmp_path)
+    with pytest.raises(ArtifactError, match="weights are missing"):
+        merge_adapter(base_model=base, adapter_path=tmp_path, output_dir=tmp_path / "m", run_id="r")
+
+
+def test_a_quantized_base_is_refused(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    quantized = tmp_path / "base"
+    shutil.copytree(base.path, quantized)
+    config = json.loads((quantized / "config.json").read_text()) | {"quantization_config": {"load_in_4bit": True}}
+    (quantized / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseModelError, match="quantized"):
+        merge_adapter(
+            base_model=base.model_copy(update={"path": quantized}),
+            adapter_path=adapter,
+            output_dir=tmp_path / "m",
+            run_id="r",
+        )
+
+
+def test_a_cut_off_base_is_refused(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "base"
+    shutil.copytree(base.path, cut)
+    shard = max(cut.glob("*.safetensors"))
+    shard.write_bytes(shard.read_bytes()[:-4])
+    with pytest.raises(BaseModelError, match="cut short"):
+        merge_adapter(
+            base_model=base.model_copy(update={"path": cut}),
+            adapter_path=adapter,
+            output_dir=tmp_path / "m",
+            run_id="r",
+        )
