@@ -103,3 +103,9 @@ def test_the_recipe_follows_what_decides_the_training_alone(monkeypatch: pytest.
     assert load_settings().recipe == before
     monkeypatch.setenv("LORA_RANK", "4")
     assert load_settings().recipe != before
+
+
+def test_the_readme_tells_of_every_variable() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    missing = [name for name in Settings.model_fields if f"| `{name.upper()}` |" not in readme]
+    assert missing == []
