@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import runpy
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,17 @@ from finetune.base_model.pretraining import Recipe
 
 # As small as the vocabulary of bytes allows: what it says does not matter here.
 HURRIED = replace(Recipe(), services=1, rounds=1, vocabulary=300, layers=1, batch=64)
+
+
+@pytest.fixture(scope="session")
+def hurried() -> Recipe:
+    return HURRIED
+
+
+@pytest.fixture(scope="session")
+def examples() -> SimpleNamespace:
+    """The program that writes the example exports, its names as attributes."""
+    return SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[3] / "examples" / "make_exports.py")))
 
 
 @pytest.fixture(scope="session")

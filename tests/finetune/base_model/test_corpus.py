@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.make_exports import FACTS, phrasings, write_exports
 from finetune.base_model.corpus import LANGUAGES, make_conversations, make_facts
 from finetune.base_model.pretraining import EOS, Recipe, train_tokenizer
 from finetune.dataset.discovery import discover_exports
@@ -17,7 +17,13 @@ from finetune.layout import DataLayout
 
 EXPORTS = Path(__file__).parents[3] / "examples" / "exports"
 RECIPE = Recipe()
-EXAMPLE_FACTS = [(language, *fact) for facts in FACTS.values() for language in facts for fact in facts[language]]
+
+
+@pytest.fixture(scope="module")
+def example_facts(examples: SimpleNamespace) -> list[tuple[str, str, str, str]]:
+    """Language, service, property and answer of every fact of the example exports."""
+    dates = examples.FACTS.values()
+    return [(language, *fact) for facts in dates for language in facts for fact in facts[language]]
 
 
 @pytest.fixture(scope="module")
@@ -47,37 +53,45 @@ def test_the_corpus_speaks_three_languages_and_asks_for_each_service_in_ten_phra
     assert not any("{" in text for fact in facts for text in (*fact.questions, fact.answer))
 
 
-def test_the_corpus_knows_nothing_of_the_example_exports(conversations: list[list[dict[str, str]]]) -> None:
+def test_the_corpus_knows_nothing_of_the_example_exports(
+    conversations: list[list[dict[str, str]]], example_facts: list[tuple[str, str, str, str]]
+) -> None:
     text = "\n".join(turn["content"] for turns in conversations for turn in turns)
-    for _, service, _, answer in EXAMPLE_FACTS:
+    for _, service, _, answer in example_facts:
         assert service not in text
         assert answer not in text
 
 
-def test_the_committed_exports_are_what_their_program_writes(tmp_path: Path) -> None:
-    write_exports(tmp_path)
+def test_the_committed_exports_are_what_their_program_writes(examples: SimpleNamespace, tmp_path: Path) -> None:
+    examples.write_exports(tmp_path)
     assert {file.name: file.read_bytes() for file in EXPORTS.iterdir()} == {
         file.name: file.read_bytes() for file in tmp_path.iterdir()
     }
 
 
-def test_each_example_fact_is_asked_for_in_at_least_six_phrasings() -> None:
+def test_each_example_fact_is_asked_for_in_at_least_six_phrasings(
+    examples: SimpleNamespace, example_facts: list[tuple[str, str, str, str]]
+) -> None:
     asked = [
-        question for language, service, name, _ in EXAMPLE_FACTS for question in phrasings(language, service, name)
+        question
+        for language, service, name, _ in example_facts
+        for question in examples.phrasings(language, service, name)
     ]
     assert len(asked) == len(set(asked))
-    assert len(asked) >= 6 * len(EXAMPLE_FACTS)
-    assert len({(language, service, name) for language, service, name, _ in EXAMPLE_FACTS}) == len(EXAMPLE_FACTS)
+    assert len(asked) >= 6 * len(example_facts)
+    assert len({(language, service, name) for language, service, name, _ in example_facts}) == len(example_facts)
     text = b"".join(file.read_bytes() for file in EXPORTS.iterdir()).decode(errors="replace")
     missing = [question for question in asked if question not in text and json.dumps(question)[1:-1] not in text]
     assert missing == []
 
 
-def test_the_example_exports_hold_every_kind_of_bad_line(tmp_path: Path) -> None:
+def test_the_example_exports_hold_every_kind_of_bad_line(
+    examples: SimpleNamespace, example_facts: list[tuple[str, str, str, str]], tmp_path: Path
+) -> None:
     layout = DataLayout(tmp_path)
     dataset = prepare_dataset(
         discover_exports(EXPORTS),
-        date=max(FACTS),
+        date=max(examples.FACTS),
         layout=layout,
         parameters=PrepareParameters(max_line_bytes=65_536),
     )
@@ -100,11 +114,11 @@ def test_the_example_exports_hold_every_kind_of_bad_line(tmp_path: Path) -> None
         "no_assistant_turn",
         "last_turn_not_assistant",
     }
-    assert dataset.window_dates == sorted(FACTS)
+    assert dataset.window_dates == sorted(examples.FACTS)
     assert dataset.counts.duplicates > 0
     assert dataset.counts.blank > 0
     # Nine phrasings of every fact, some of them two to a conversation.
-    assert 7 * len(EXAMPLE_FACTS) < dataset.counts.kept <= 9 * len(EXAMPLE_FACTS)
+    assert 7 * len(example_facts) < dataset.counts.kept <= 9 * len(example_facts)
 
 
 @settings(max_examples=200, deadline=None)

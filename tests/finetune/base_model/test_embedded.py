@@ -1,44 +1,44 @@
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from examples.make_exports import FACTS, phrasings
 from finetune.base_model.corpus import make_facts
 from finetune.base_model.embedded import make_embedded_model, recipe_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.base_model.pretraining import Recipe
 from finetune.errors import BaseModelError, StorageFullError
 from finetune.progress import ProgressEvent
-from tests.finetune.base_model.conftest import HURRIED
 
 MAKE = """
-import sys
+import json, sys
 from pathlib import Path
 from finetune.base_model.embedded import make_embedded_model
-from tests.finetune.base_model.conftest import HURRIED
+from finetune.base_model.pretraining import Recipe
 
 def report(event):
     print(event.stage, flush=True)
 
-make_embedded_model(Path(sys.argv[1]), on_progress=report, recipe=HURRIED)
+make_embedded_model(Path(sys.argv[1]), on_progress=report, recipe=Recipe(**json.loads(sys.argv[2])))
 """
 
 
-def start(cache: Path) -> subprocess.Popen[str]:
+def start(cache: Path, recipe: Recipe) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", MAKE, str(cache)],
+        [sys.executable, "-c", MAKE, str(cache), json.dumps(asdict(recipe))],
         stdout=subprocess.PIPE,
         text=True,
-        cwd=Path(__file__).parents[3],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
@@ -74,56 +74,60 @@ def test_the_embedded_model_has_the_sizes_that_it_promises_and_loads_by_the_ordi
     assert tiny_model.path.name == f"embedded-{recipe_hash(Recipe())}"
 
 
-def test_the_embedded_model_answers_its_own_corpus_and_nothing_of_the_exports(tiny_model: BaseModelRef) -> None:
+def test_the_embedded_model_answers_its_own_corpus_and_nothing_of_the_exports(
+    tiny_model: BaseModelRef, examples: SimpleNamespace
+) -> None:
     model, tokenizer = load(tiny_model.path)
     recipe, rng = Recipe(), random.Random(0)
     facts = rng.sample(make_facts(recipe.seed, recipe.services), 40)
     right = sum(answer(model, tokenizer, rng.choice(fact.questions)) == fact.answer for fact in facts)
     assert right >= 30
-    exports = [(language, *fact) for date in FACTS.values() for language in date for fact in date[language]]
+    exports = [(language, *fact) for date in examples.FACTS.values() for language in date for fact in date[language]]
     for language, service, name, known in rng.sample(exports, 20):
-        assert answer(model, tokenizer, rng.choice(phrasings(language, service, name))) != known
+        assert answer(model, tokenizer, rng.choice(examples.phrasings(language, service, name))) != known
 
 
-def test_a_model_that_is_there_is_taken_as_it_is(hurried_model: BaseModelRef) -> None:
+def test_a_model_that_is_there_is_taken_as_it_is(hurried: Recipe, hurried_model: BaseModelRef) -> None:
     events: list[ProgressEvent] = []
-    again = make_embedded_model(hurried_model.path.parent, on_progress=events.append, recipe=HURRIED)
+    again = make_embedded_model(hurried_model.path.parent, on_progress=events.append, recipe=hurried)
     assert again == hurried_model
     assert events == []
 
 
-def test_two_processes_at_once_make_it_once(tmp_path: Path) -> None:
-    processes = [start(tmp_path), start(tmp_path)]
+def test_two_processes_at_once_make_it_once(hurried: Recipe, tmp_path: Path) -> None:
+    processes = [start(tmp_path, hurried), start(tmp_path, hurried)]
     outputs = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted("pre-training" in output for output in outputs) == [False, True]
 
 
-def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_makes_it(tmp_path: Path) -> None:
-    process = start(tmp_path)
+def test_a_kill_leaves_nothing_that_looks_whole_and_the_next_run_makes_it(hurried: Recipe, tmp_path: Path) -> None:
+    process = start(tmp_path, hurried)
     assert process.stdout is not None
     assert process.stdout.readline()
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
-    target = tmp_path / f"embedded-{recipe_hash(HURRIED)}"
+    target = tmp_path / f"embedded-{recipe_hash(hurried)}"
     assert list(tmp_path.glob(".embedded-*.tmp-*"))
     assert not target.exists()
     process.stdout.close()
-    assert make_embedded_model(tmp_path, recipe=HURRIED).path == target
+    assert make_embedded_model(tmp_path, recipe=hurried).path == target
     assert list(tmp_path.glob(".embedded-*.tmp-*")) == []
 
 
-def test_an_altered_weight_is_noticed(model_directory: Path) -> None:
-    home = model_directory.rename(model_directory.with_name(f"embedded-{recipe_hash(HURRIED)}"))
+def test_an_altered_weight_is_noticed(hurried: Recipe, model_directory: Path) -> None:
+    home = model_directory.rename(model_directory.with_name(f"embedded-{recipe_hash(hurried)}"))
     weights = home / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(BaseModelError, match=r"damaged.*model\.safetensors.*Delete"):
-        make_embedded_model(home.parent, recipe=HURRIED)
+        make_embedded_model(home.parent, recipe=hurried)
 
 
-def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_named_and_nothing_is_left(
+    hurried: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     struck = []
 
     def full(*arguments: object, **options: object) -> None:
@@ -132,6 +136,6 @@ def test_a_full_disk_is_named_and_nothing_is_left(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr("finetune.base_model.embedded.pretrain", full)
     with pytest.raises(StorageFullError):
-        make_embedded_model(tmp_path, recipe=HURRIED)
+        make_embedded_model(tmp_path, recipe=hurried)
     assert struck
     assert [file for file in tmp_path.iterdir() if not file.name.endswith(".lock")] == []
