@@ -1,0 +1,112 @@
+"""Dataset preparation, side by side with what else one would use.
+
+    python benchmarks/dataset/bench.py [--megabytes 100 1000] [--rounds 5] [--only ours "orjson loop"]
+
+Every round runs every contender once in a fresh process, so that noise meets them alike; the figures are
+medians. CPU time counts all processes, memory is the peak of their resident sizes added up (pages that two
+processes share count twice). Our figures hold hashing, validation, the index, and files flushed to the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parents[1])]
+
+from contenders import CONTENDERS, NEEDS_CLEAN  # noqa: E402
+from generator import write_exports  # noqa: E402
+
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+class Measurement(NamedTuple):
+    """One run: seconds of CPU and wall, peak bytes of memory."""
+
+    cpu: float
+    wall: float
+    memory: int
+
+
+def measure(name: str, source: Path, target: Path) -> Measurement:
+    """Run one contender in a fresh process."""
+    target.mkdir()
+    before = os.times()
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, str(HERE / "contenders.py"), name, str(source), str(target)],
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.DEVNULL,
+    )
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _resident(process.pid))
+        time.sleep(0.01)
+    wall = time.perf_counter() - started
+    after = os.times()
+    shutil.rmtree(target)
+    if process.returncode:
+        raise SystemExit(f"{name} failed with exit status {process.returncode}")
+    cpu = after.children_user + after.children_system - before.children_user - before.children_system
+    return Measurement(cpu, wall, peak)
+
+
+def _resident(pid: int) -> int:
+    """Resident bytes of a process and all its descendants."""
+    try:
+        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+        children = [
+            int(child)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()
+        ]
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
+    return pages * _PAGE + sum(map(_resident, children))
+
+
+def main() -> None:
+    """Print one table a size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
+    options = parser.parse_args()
+    for megabytes in options.megabytes:
+        with tempfile.TemporaryDirectory() as directory:
+            compare(Path(directory), megabytes, options.rounds, options.only)
+
+
+def compare(directory: Path, megabytes: int, rounds: int, names: list[str]) -> None:
+    """Measure the contenders on one size and print the table."""
+    corpora = {clean: directory / ("clean" if clean else "dirty") for clean in {name in NEEDS_CLEAN for name in names}}
+    for clean, source in corpora.items():
+        write_exports(source, megabytes * 10**6, clean=clean)
+    runs: dict[str, list[Measurement]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name in names:
+            runs[name].append(measure(name, corpora[name in NEEDS_CLEAN], directory / "target"))
+    load = os.getloadavg()[0]
+    print(f"\n{megabytes} MB, medians of {rounds}; {os.cpu_count()} cores, load {load:.1f}")
+    print(f"{'':<20} {'MB/CPU-s':>9} {'wall s':>8} {'MB/s':>7} {'peak MB':>8} {'ours is':>8}")
+    ours = statistics.median(run.cpu for run in runs["ours"]) if "ours" in runs else None
+    for name, measured in runs.items():
+        cpu, wall, memory = (statistics.median(column) for column in zip(*measured, strict=True))
+        ratio = f"{cpu / ours:.2f} x" if ours else ""
+        print(
+            f"{name:<20} {megabytes / cpu:>9.0f} {wall:>8.2f} {megabytes / wall:>7.0f} {memory / 1e6:>8.0f} {ratio:>8}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

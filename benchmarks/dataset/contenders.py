@@ -1,0 +1,110 @@
+"""The same work by several tools: read exports, drop bad lines and duplicates, split, write two files.
+
+``python benchmarks/dataset/contenders.py NAME SOURCE TARGET`` runs one of them, for `bench` to measure.
+The tools that fail on a bad line are given a corpus without any.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+EVAL_FRACTION = 0.1
+
+
+def _ours(workers: int, source: Path, target: Path) -> None:
+    from finetune.dataset.discovery import discover_exports
+    from finetune.dataset.prepare import prepare_dataset
+    from finetune.layout import DataLayout
+
+    files = discover_exports(source)
+    prepare_dataset(files, date=files[-1].date, layout=DataLayout(target), workers=workers)
+
+
+def ours(source: Path, target: Path) -> None:
+    """This project, in one process."""
+    _ours(1, source, target)
+
+
+def ours_two_workers(source: Path, target: Path) -> None:
+    """This project, with two validating processes."""
+    _ours(2, source, target)
+
+
+def orjson_loop(source: Path, target: Path) -> None:
+    """What one would write by hand: a loop, a set of hashes, no word on why a line was dropped."""
+    import orjson
+    from xxhash import xxh3_64_intdigest, xxh3_128_digest
+
+    seen: set[bytes] = set()
+    limit = int(EVAL_FRACTION * 2**64)
+    with (target / "train.jsonl").open("wb") as train, (target / "eval.jsonl").open("wb") as held_out:
+        for path in sorted(source.iterdir()):
+            for line in path.open("rb"):
+                try:
+                    record = orjson.loads(line)
+                    if "messages" in record:
+                        texts = [turn["content"] for turn in record["messages"]]
+                        prompt = next(turn["content"] for turn in record["messages"] if turn["role"] == "user")
+                    else:
+                        prompt, texts = record["instruction"], [record["instruction"], record["output"]]
+                    if not all(text.strip() for text in texts):
+                        continue
+                except (ValueError, KeyError, TypeError, StopIteration):
+                    continue
+                key = xxh3_128_digest(" ".join(" ".join(texts).split()).encode())
+                if key in seen:
+                    continue
+                seen.add(key)
+                asked = xxh3_64_intdigest(" ".join(prompt.split()).encode())
+                (held_out if asked < limit else train).write(line)
+
+
+def polars_scan(source: Path, target: Path) -> None:
+    """Polars' own reader; memory grows with the corpus."""
+    import polars as pl
+
+    def text(column: str) -> pl.Expr:
+        return pl.col(column).str.replace_all(r"\s+", "")
+
+    frame = (
+        pl.scan_ndjson(source / "*.jsonl")
+        .filter(text("instruction") != "", text("output") != "")
+        .with_columns(text("instruction").alias("_prompt"), text("output").alias("_answer"))
+        .unique(["_prompt", "_answer"], keep="first", maintain_order=True)
+        .with_columns((pl.col("_prompt").hash(1) < int(EVAL_FRACTION * 2**64)).alias("_eval"))
+        .collect()
+    )
+    for name, chosen in (("train", ~pl.col("_eval")), ("eval", pl.col("_eval"))):
+        frame.filter(chosen).drop("_prompt", "_answer", "_eval").write_ndjson(target / f"{name}.jsonl")
+
+
+def hugging_face(source: Path, target: Path) -> None:
+    """The datasets library: load, filter duplicates, split, write."""
+    from datasets import disable_progress_bars, load_dataset
+    from xxhash import xxh3_128_digest
+
+    disable_progress_bars()
+    seen: set[bytes] = set()
+
+    def first(record: dict[str, str]) -> bool:
+        key = xxh3_128_digest(" ".join(f"{record['instruction']} {record['output']}".split()).encode())
+        return bool(record["output"].strip()) and not (key in seen or seen.add(key))
+
+    data = load_dataset("json", data_files=sorted(map(str, source.iterdir())), cache_dir=str(target), split="train")
+    split = data.filter(first).train_test_split(EVAL_FRACTION, seed=0)
+    split["train"].to_json(target / "train.jsonl")
+    split["test"].to_json(target / "eval.jsonl")
+
+
+CONTENDERS = {
+    "ours": ours,
+    "ours, 2 workers": ours_two_workers,
+    "orjson loop": orjson_loop,
+    "polars scan_ndjson": polars_scan,
+    "datasets": hugging_face,
+}
+NEEDS_CLEAN = {"polars scan_ndjson", "datasets"}
+
+if __name__ == "__main__":
+    CONTENDERS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))
