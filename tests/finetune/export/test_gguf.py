@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.base_model.models import BaseModelRef
+from finetune.errors import ArtifactError, ConfigurationError, ExportError
+from finetune.export.converter import AdapterConversion, Conversions, ModelConversion
+from finetune.export.gguf import export_gguf, verify_gguf
+from finetune.export.models import GgufExport, MergedModel
+from finetune.export.runtime import GgufRuntime
+from finetune.export.verify import LIMITS, Reference, check_tokenization, compare
+from tests.finetune.export.conftest import PROMPTS, QUESTIONS, TAUGHT, MakeAdapter
+
+
+def test_every_file_is_written_and_answers_like_the_merged_model(gguf: GgufExport) -> None:
+    assert (gguf.full.quantization, gguf.quantized.quantization) == ("F16", "Q4_K_M")
+    assert gguf.quantized.size < 0.6 * gguf.full.size
+    assert gguf.base.path.parent.parent.name == "base_models"
+    for file in (gguf.full, gguf.quantized, gguf.base, gguf.adapter):
+        assert file.path.stat().st_size == file.size
+    checked = gguf.verification
+    assert checked.tokenization_equal
+    assert checked.greedy_agreement.keys() == {"F16", "Q4_K_M", "base+adapter"}
+    assert checked.greedy_agreement["F16"] == checked.greedy_agreement["base+adapter"] == 1.0
+    assert checked.divergence["F16"] < 1e-4
+    assert checked.divergence["F16"] < checked.divergence["Q4_K_M"]
+    assert checked.perplexity["F16"] == pytest.approx(checked.perplexity["merged"], rel=1e-2)
+
+
+def test_the_training_shows_in_the_sample_answer(gguf: GgufExport) -> None:
+    checked = gguf.verification
+    assert checked.sample_answer == TAUGHT[checked.sample_question]
+    assert checked.base_answer == QUESTIONS[checked.sample_question]
+
+
+def test_metadata_name_the_run_and_its_base(gguf: GgufExport) -> None:
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf.quantized.path).fields
+    assert fields["general.version"].contents() == "run1"
+    assert fields["general.name"].contents() == "tests/small run1"
+    assert fields["general.base_model.0.name"].contents() == "tests/small"
+    assert "<|im_start|>" in fields["tokenizer.chat_template"].contents()
+
+
+def test_the_same_inputs_are_exported_once(
+    base: BaseModelRef, adapter: Path, merged: MergedModel, gguf: GgufExport
+) -> None:
+    again = export_gguf(
+        merged=merged,
+        base_model=base,
+        adapter_path=adapter,
+        output_dir=gguf.path,
+        run_id="run1",
+        base_cache=gguf.base.path.parent.parent,
+        prompts=PROMPTS,
+        quantization="Q4_K_M",
+    )
+    assert again == gguf.model_copy(update={"reused": True})
+
+
+def test_a_whole_export_verifies_again(gguf: GgufExport, merged: MergedModel) -> None:
+    assert verify_gguf(export=gguf, merged=merged, prompts=PROMPTS) == gguf.verification
+
+
+def test_verification_notices_a_flipped_bit(gguf: GgufExport, merged: MergedModel, tmp_path: Path) -> None:
+    moved = tmp_path / "gguf"
+    shutil.copytree(gguf.path, moved)
+    file = moved / gguf.quantized.path.name
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    damaged = gguf.model_copy(update={"path": moved, "quantized": gguf.quantized.model_copy(update={"path": file})})
+    with pytest.raises(ArtifactError, match="SHA-256 differs"):
+        verify_gguf(export=damaged, merged=merged, prompts=PROMPTS)
+
+
+def test_the_runtime_refuses_a_cut_off_file(gguf: GgufExport, tmp_path: Path) -> None:
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(gguf.quantized.path.read_bytes()[:-5000])
+    with pytest.raises(ExportError, match="cannot load the file"), GgufRuntime(cut):
+        pass
+
+
+def test_the_comparison_notices_another_models_answers(gguf: GgufExport, merged: MergedModel) -> None:
+    reference = Reference(merged.path, PROMPTS)
+    with GgufRuntime(gguf.base.path) as runtime, pytest.raises(ExportError, match="does not answer like"):
+        compare(runtime, reference, LIMITS["F16"])
+
+
+def test_the_tokenization_check_notices_another_tokenizer(
+    gguf: GgufExport, merged: MergedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reference = Reference(merged.path, PROMPTS)
+    reference.text_ids[0] = reference.text_ids[0][::-1]
+    with GgufRuntime(gguf.full.path) as runtime, pytest.raises(ExportError, match=r"llama\.cpp tokenizes .The quick"):
+        check_tokenization(runtime, reference)
+
+
+def test_the_runtime_ends_with_its_block(gguf: GgufExport) -> None:
+    with GgufRuntime(gguf.full.path) as runtime:
+        process = runtime._process
+        assert runtime.chat(PROMPTS[0]) == TAUGHT["What colour is the sky?"]
+        assert process.poll() is None
+    assert process.poll() == 0
+
+
+def test_the_runtime_survives_llama_cpp_dying(gguf: GgufExport) -> None:
+    with GgufRuntime(gguf.full.path) as runtime:
+        runtime._process.kill()
+        with pytest.raises(ExportError, match="died while answering"):
+            runtime.complete([1, 2, 3], 4)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 64}}],
+    ids=["rslora", "patterns"],
+)
+def test_the_adapter_gguf_keeps_every_modules_scale(
+    base: BaseModelRef, gguf: GgufExport, make_adapter: MakeAdapter, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    from peft import LoraConfig
+
+    from finetune.export.merge import merge_adapter
+
+    config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
+    adapter = make_adapter(config, steps=8)
+    merged = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    output = tmp_path / "adapter.gguf"
+    with Conversions([AdapterConversion(adapter, base.path, output)]) as conversions:
+        reference = Reference(merged.path, PROMPTS)
+        conversions.wait()
+    with GgufRuntime(gguf.base.path, output) as runtime:
+        assert compare(runtime, reference, LIMITS["F16"]).divergence < 1e-3
+    with GgufRuntime(gguf.base.path) as runtime, pytest.raises(ExportError):
+        compare(runtime, reference, LIMITS["F16"])
+
+
+def test_an_adapter_that_is_no_plain_lora_is_refused(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    dora = tmp_path / "adapter"
+    shutil.copytree(adapter, dora)
+    config = json.loads((dora / "adapter_config.json").read_text()) | {"use_dora": True}
+    (dora / "adapter_config.json").write_text(json.dumps(config))
+    conversions = Conversions([AdapterConversion(dora, base.path, tmp_path / "a.gguf")])
+    with pytest.raises(ExportError, match="plain LoRA adapters only"), conversions:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("config.json", {"architectures": ["UnheardOfForCausalLM"]}, "UnheardOfForCausalLM"),
+        ("tokenizer.json", {"normalizer": {"type": "Lowercase"}}, "pre-tokenizer"),
+    ],
+    ids=["architecture", "tokenizer"],
+)
+def test_a_failed_conversion_names_what_is_at_fault(
+    merged: MergedModel, tmp_path: Path, file: str, change: dict[str, Any], message: str
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(merged.path, model)
+    (model / file).write_text(json.dumps(json.loads((model / file).read_text()) | change))
+    with (
+        Conversions([ModelConversion(model, tmp_path / "out.gguf", "F16", {})]) as conversions,
+        pytest.raises(ExportError, match=message),
+    ):
+        conversions.wait()
+
+
+def test_an_unknown_quantization_is_refused_before_any_work(
+    base: BaseModelRef, adapter: Path, merged: MergedModel, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match="Q9_X"):
+        export_gguf(
+            merged=merged,
+            base_model=base,
+            adapter_path=adapter,
+            output_dir=tmp_path / "gguf",
+            run_id="r",
+            base_cache=tmp_path / "base",
+            prompts=PROMPTS,
+            quantization="Q9_X",
+        )
+    assert list(tmp_path.iterdir()) == []
