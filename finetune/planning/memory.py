@@ -83,12 +83,12 @@ def estimate_memory(
     parts["overhead"] = _CUDA_CONTEXT_GB + _FRAGMENTATION * sum(parts.values()) if device == "cuda" else 0.0
     total = sum(parts.values())
     return MemoryEstimate(
-        vram_gb=round(total, 3),
+        vram_gb=round(total, 6),
         fits=None if limit_gb is None else total <= limit_gb,
         limit_gb=limit_gb,
         model_params=shape.parameters,
         trainable_params=trained,
-        parts={name: round(value, 4) for name, value in parts.items()},
+        parts={name: round(value, 6) for name, value in parts.items()},
     )
 
 

@@ -165,7 +165,7 @@ def _choose(
     )
     epochs = settle("epochs", 3.0, "usual for data sets of this kind")
     max_length = settle("max_length", *_max_length(shape, profile))
-    settle("packing", False, "batches are grouped by length instead, and no record sees another")
+    settle("packing", False, "batches are grouped by length, so that little is padded")
     _settle_batch(choices, profile.total_samples, epochs, max_length, device)
     settle("precision", *(("bf16", "the GPU's own") if device == "cuda" else ("fp32", "exact on a CPU")))
     settle("gradient_checkpointing", False, "it costs a third more time, and memory suffices")
@@ -229,6 +229,8 @@ def _refuse_contradictions(values: dict[str, Any], method: Method, device: Devic
             "use_pissa",
             "Use method lora with PiSSA, or qlora without",
         )
+    if values.get("use_pissa") and (values.get("use_rslora") or values.get("use_dora")):
+        refuse("PiSSA cannot be turned into a plain adapter together with rsLoRA or DoRA", "use_pissa", "Choose one")
     if device == "cpu" and values["attention"] == "flash_attention_2":
         refuse("flash attention needs a GPU, and none is planned for", "attention", "Use sdpa")
     if device == "cpu" and values["optimizer"].startswith("paged_"):

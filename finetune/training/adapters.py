@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.base_model.models import BaseModelRef
@@ -10,7 +12,7 @@ from finetune.planning.model_config import ModelShape
 from finetune.planning.models import TrialConfig
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
 
@@ -123,3 +125,30 @@ def load_base_model(base_model: BaseModelRef, trial: TrialConfig) -> PreTrainedM
                 remedy=remedy,
             )
     return model
+
+
+def save_pissa_start(model: PeftModel, directory: Path) -> None:
+    """Keep a PiSSA adapter as it starts: `save_adapter` needs it to tell what was learned."""
+    config = model.peft_config["default"]
+    # Loaded again, it must not be computed anew from singular vectors.
+    config.init_lora_weights = True
+    model.save_pretrained(str(directory), save_embedding_layers=False)
+    config.init_lora_weights = "pissa"
+
+
+def save_adapter(model: PeftModel, directory: Path, base_model: BaseModelRef, pissa_start: Path) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` that name the base model, not its path.
+
+    A PiSSA adapter is turned into a plain LoRA of twice the rank that fits the untouched base model (Meng
+    et al. 2024, appendix on PiSSA's conversion).
+    """
+    config = model.peft_config["default"]
+    conversion = {}
+    if getattr(config, "init_lora_weights", None) == "pissa":
+        conversion = {"path_initial_model_for_weight_conversion": str(pissa_start)}
+    # No embedding was resized; to find that out, peft would ask the hub.
+    model.save_pretrained(str(directory), save_embedding_layers=False, **conversion)
+    path = directory / "adapter_config.json"
+    content = json.loads(path.read_bytes())
+    content |= {"base_model_name_or_path": base_model.name, "revision": base_model.revision}
+    path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -43,6 +43,8 @@ class TrainingResult(BaseModel):
     external_run_id: str | None = None
     # the step that the last attempt went on from, 0 when it started afresh
     resumed_from_step: int = 0
+    # records of one pass, smaller than planned where memory ran out
+    micro_batch: int | None = None
     trainable_params: int | None = None
     reused: bool = False
 

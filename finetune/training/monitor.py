@@ -155,7 +155,7 @@ class Monitor:
             self.writer.add_scalar(f"train/{name}", value, step)
         with self.log_path.open("a", encoding="utf-8") as log:
             log.write(json.dumps({"step": step, **figures, "tokens": self.tokens_at(step)}) + "\n")
-        if step == self.total_steps or now - self._reported >= _REPORT_SECONDS:
+        if done == 1 or step == self.total_steps or now - self._reported >= _REPORT_SECONDS:
             self._reported = now
             self.progress(ProgressEvent("training", step, self.total_steps, "steps", figures))
 

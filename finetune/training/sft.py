@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import json
 import resource
 import shutil
@@ -12,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
 from finetune.errors import StorageFullError, TrainingError, TransientError
 from finetune.planning.model_config import read_model_shape
@@ -20,7 +20,14 @@ from finetune.planning.models import TrialConfig
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest
 from finetune.training.adapter_hash import adapter_hash
-from finetune.training.adapters import load_base_model, peft_config, refuse_missing_hardware
+from finetune.training.adapters import (
+    load_base_model,
+    peft_config,
+    refuse_missing_hardware,
+    save_adapter,
+    save_pissa_start,
+)
+from finetune.training.batches import refuse_leaking_attention, refuse_wrong_labels
 from finetune.training.card import model_card
 from finetune.training.checkpoints import newest_complete, step_of
 from finetune.training.data import TrainingData, read_training_data, total_steps, training_order
@@ -35,6 +42,7 @@ if TYPE_CHECKING:
 KIND = "adapter"
 LOG_NAME = "training_log.jsonl"
 _BACKEND = "hf-peft"
+_PISSA_START = "pissa_start"
 
 
 def dry_run(request: TrainingRequest) -> TrainingResult:
@@ -102,6 +110,30 @@ def _published(request: TrainingRequest) -> TrainingResult:
 
 
 def _train(request: TrainingRequest, data: TrainingData, on_progress: Progress) -> TrainingResult:
+    """Train, with smaller and smaller micro-batches where memory runs out; the effective batch stays."""
+    import torch
+
+    trial = request.plan.trial_config
+    micro_batch = trial.micro_batch
+    while True:
+        try:
+            return _attempt(request, data, micro_batch, on_progress)
+        except torch.OutOfMemoryError as error:
+            needed = f"{trial.effective_batch} records a step, {micro_batch} at a time"
+            if micro_batch == 1:
+                raise TrainingError(
+                    f"out of memory with {needed}: {error}",
+                    where=request.work_dir,
+                    remedy="Plan with a shorter max_length, gradient checkpointing or qlora, or take a larger GPU",
+                ) from error
+        # Outside the handler, or the error would keep the whole attempt's memory.
+        micro_batch = max(size for size in range(1, micro_batch) if trial.effective_batch % size == 0)
+        on_progress(ProgressEvent("out of memory: smaller micro-batch", micro_batch, None, "records"))
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _attempt(request: TrainingRequest, data: TrainingData, micro_batch: int, on_progress: Progress) -> TrainingResult:
     from torch.utils.tensorboard import SummaryWriter
 
     trial = request.plan.trial_config
@@ -111,13 +143,12 @@ def _train(request: TrainingRequest, data: TrainingData, on_progress: Progress) 
     points = [LossPoint.model_validate(point) for point in state["points"]]
     log_path = request.work_dir / LOG_NAME
     _keep_log(log_path, len(points))
-    order = training_order(data.lengths, trial)
     with (
         SummaryWriter(str(request.work_dir / "tensorboard"), purge_step=len(points)) as writer,
         stop_on_sigterm() as stop,
     ):
         monitor = Monitor(
-            order=order,
+            order=training_order(data.lengths, trial),
             lines=data.lines,
             lengths=data.lengths,
             effective_batch=trial.effective_batch,
@@ -131,7 +162,7 @@ def _train(request: TrainingRequest, data: TrainingData, on_progress: Progress) 
             seconds_before=state["seconds"],
             points=points,
         )
-        trainer = _trainer(request, data, monitor)
+        trainer = make_trainer(request, data, monitor, micro_batch)
         trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
         if stop.requested and trainer.state.global_step < monitor.total_steps:
             raise TransientError(
@@ -154,12 +185,19 @@ def _train(request: TrainingRequest, data: TrainingData, on_progress: Progress) 
         peak_memory_gb=_peak_memory_gb(),
         seconds=monitor.seconds,
         resumed_from_step=step_of(resumed[0]) if resumed else 0,
+        micro_batch=micro_batch,
         trainable_params=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     )
     return _publish(request, trainer.model, data, result)
 
 
-def _trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor) -> SFTTrainer:
+def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor, micro_batch: int) -> SFTTrainer:
+    """The trainer of a request, checked and ready for its first step.
+
+    Raises:
+        BaseModelError: the base model is missing or damaged.
+        TrainingError: the trainer would learn other tokens than ours, or packed records see each other.
+    """
     from peft import get_peft_model
     from transformers import AutoTokenizer, PrinterCallback, set_seed
     from transformers.utils import logging
@@ -170,19 +208,23 @@ def _trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor) -> 
     model = load_base_model(request.base_model, trial)
     set_seed(trial.seed)
     adapted = get_peft_model(model, peft_config(read_model_shape(request.base_model.path), trial))
+    if trial.use_pissa:
+        save_pissa_start(adapted, request.work_dir / _PISSA_START)
     trainer = SFTTrainer(
         model=adapted,
-        args=_arguments(trial, monitor.checkpoints),
+        args=_arguments(trial, micro_batch, monitor.checkpoints),
         train_dataset=data.as_dataset().select(monitor.order),
         processing_class=AutoTokenizer.from_pretrained(request.base_model.path, local_files_only=True),
         callbacks=[callback(monitor)],
     )
     trainer.remove_callback(PrinterCallback)
-    _check_labels(trainer, data, monitor)
+    refuse_wrong_labels(trainer, data, monitor.order)
+    if trial.packing:
+        refuse_leaking_attention(trainer, data, monitor.order)
     return trainer
 
 
-def _arguments(trial: TrialConfig, checkpoints: Path) -> SFTConfig:
+def _arguments(trial: TrialConfig, micro_batch: int, checkpoints: Path) -> SFTConfig:
     import torch
     from trl import SFTConfig
 
@@ -193,13 +235,14 @@ def _arguments(trial: TrialConfig, checkpoints: Path) -> SFTConfig:
         bf16=trial.precision == "bf16",
         gradient_checkpointing=trial.gradient_checkpointing,
         seed=trial.seed,
-        per_device_train_batch_size=trial.micro_batch,
-        gradient_accumulation_steps=trial.accumulation,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=trial.effective_batch // micro_batch,
         # The dataset is all epochs already, in the order in which they are trained.
         num_train_epochs=1,
         train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
+        padding_free=trial.packing,
         learning_rate=trial.learning_rate,
         lr_scheduler_type=trial.lr_schedule,
         warmup_steps=trial.warmup_ratio,
@@ -216,28 +259,10 @@ def _arguments(trial: TrialConfig, checkpoints: Path) -> SFTConfig:
     )
 
 
-def _check_labels(trainer: SFTTrainer, data: TrainingData, monitor: Monitor) -> None:
-    """See that the trainer's own batches hold exactly our labels, before the first step."""
-    dataset = trainer.train_dataset
-    first = monitor.order[: trainer.args.per_device_train_batch_size]
-    batch = trainer.data_collator([dataset[i] for i in range(len(first))])
-    for row, index in enumerate(first):
-        ours = data.labels[data.offsets[index] : data.offsets[index + 1]]
-        theirs = batch["labels"][row].numpy()
-        if (theirs[: len(ours)] != ours).any() or (theirs[len(ours) :] != -100).any():
-            raise TrainingError(
-                f"the trainer would learn other tokens of line {data.lines[index]} than the assistant's",
-                where="SFTTrainer's batches",
-                remedy="This is a fault of the installed TRL's version; install the pinned one",
-            )
-
-
 def _publish(request: TrainingRequest, model: PeftModel, data: TrainingData, result: TrainingResult) -> TrainingResult:
     trial = request.plan.trial_config
     with publish_directory(request.adapter_dir, kind=KIND) as staging:
-        # No embedding was resized; to find that out, peft would ask the hub.
-        model.save_pretrained(str(staging.path), save_embedding_layers=False)
-        _name_base_model(staging.path / "adapter_config.json", request.base_model)
+        save_adapter(model, staging.path, request.base_model, request.work_dir / _PISSA_START)
         result = result.model_copy(update={"adapter_hash": adapter_hash(staging.path)})
         (staging.path / "README.md").write_text(model_card(request, result), encoding="utf-8")
         (staging.path / "loss_curve.png").write_bytes(loss_curve_png(result.loss_curve))
@@ -252,13 +277,6 @@ def _publish(request: TrainingRequest, model: PeftModel, data: TrainingData, res
         staging.parameters = trial.model_dump()
         staging.results = result.model_dump(mode="json", exclude={"adapter_path"})
     return result
-
-
-def _name_base_model(config_path: Path, base_model: BaseModelRef) -> None:
-    """Name the base model in the adapter's configuration: a path of this machine means nothing elsewhere."""
-    config = json.loads(config_path.read_bytes())
-    config |= {"base_model_name_or_path": base_model.name, "revision": base_model.revision}
-    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _keep_log(path: Path, steps: int) -> None:

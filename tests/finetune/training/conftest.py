@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,21 @@ TEMPLATE = """\
 {% endfor %}
 {% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 
+# The first of the special tokens, behind the 256 bytes and the merges.
+END = 270
+
 MakeRequest = Callable[..., TrainingRequest]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """So small a model is slower with two threads, above all on a busy machine; equal bits need equal threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +58,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> BaseModelRef:
             num_attention_heads=4,
             num_key_value_heads=2,
             max_position_embeddings=256,
+            bos_token_id=None,
+            eos_token_id=END,
         )
     ).save_pretrained(directory)
     tokenizer = Tokenizer(models.BPE())
@@ -68,11 +85,12 @@ def records_of(count: int) -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture
-def make_request(tmp_path: Path, small_model: BaseModelRef) -> MakeRequest:
-    """Requests for trainings of a few steps; keyword arguments change the trial."""
+@pytest.fixture(scope="session")
+def make_request_at(small_model: BaseModelRef) -> MakeRequest:
+    """Requests for trainings of a few steps under a directory; keyword arguments change the trial."""
 
     def make(
+        tmp_path: Path,
         *,
         records: list[dict[str, Any]] | None = None,
         place: str = "a",
@@ -96,9 +114,7 @@ def make_request(tmp_path: Path, small_model: BaseModelRef) -> MakeRequest:
             **trial,
         }
         config = TrialConfig(trial_id="t", **settings)
-        estimate = MemoryEstimate(
-            vram_gb=0, fits=None, limit_gb=None, model_params=0, trainable_params=0, parts={}
-        )
+        estimate = MemoryEstimate(vram_gb=0, fits=None, limit_gb=None, model_params=0, trainable_params=0, parts={})
         return TrainingRequest(
             run_id="20260601-0123456789",
             date="2026-06-01",
@@ -126,3 +142,9 @@ def make_request(tmp_path: Path, small_model: BaseModelRef) -> MakeRequest:
         )
 
     return make
+
+
+@pytest.fixture
+def make_request(tmp_path: Path, make_request_at: MakeRequest) -> MakeRequest:
+    """`make_request_at` the test's own directory."""
+    return functools.partial(make_request_at, tmp_path)

@@ -3,29 +3,144 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune.progress import ProgressEvent
 from finetune.publishing import read_manifest
-from finetune.training.models import TrainingRequest
+from finetune.training.adapter_hash import adapter_hash
+from finetune.training.models import TrainingRequest, TrainingResult
 from finetune.training.sft import dry_run, train_adapter
 
 MakeRequest = Callable[..., TrainingRequest]
 
 
-def test_a_training_publishes_an_adapter_that_plain_peft_loads(make_request: MakeRequest) -> None:
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, make_request_at: Callable[..., TrainingRequest]
+) -> tuple[TrainingRequest, TrainingResult, list[ProgressEvent]]:
+    request = make_request_at(tmp_path_factory.mktemp("trained"))
+    events: list[ProgressEvent] = []
+    return request, train_adapter(request, on_progress=events.append), events
+
+
+Trained = tuple[TrainingRequest, TrainingResult, list[ProgressEvent]]
+
+
+def logits_of(request: TrainingRequest, adapter: Path | None) -> Any:
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    request = make_request()
-    events: list[ProgressEvent] = []
-    result = train_adapter(request, on_progress=events.append)
-    print(result, events)
+    model = AutoModelForCausalLM.from_pretrained(request.base_model.path)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    with torch.no_grad():
+        return model(torch.tensor([[5, 6, 7, 8]])).logits
+
+
+def test_plain_peft_loads_the_adapter_and_it_changes_the_model(trained: Trained) -> None:
+    import torch
+
+    request, _, _ = trained
+    assert not torch.allclose(logits_of(request, request.adapter_dir), logits_of(request, None), atol=1e-3)
+
+
+def test_the_loss_falls_and_every_step_is_logged(trained: Trained) -> None:
+    request, result, _ = trained
     assert result.status == "completed"
-    base = AutoModelForCausalLM.from_pretrained(request.base_model.path)
-    ids = torch.tensor([[5, 6, 7]])
-    before = base(ids).logits
-    model = PeftModel.from_pretrained(base, request.adapter_dir)
-    assert not torch.equal(model(ids).logits, before)
+    assert result.training_steps == 9
+    losses = [point.loss for point in result.loss_curve]
+    assert losses[-1] < losses[0] - 0.3
+    logged = [json.loads(line) for line in (request.adapter_dir / "training_log.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in logged] == [(p.step, p.loss) for p in result.loss_curve]
+
+
+def test_the_published_directory_holds_all_that_belongs_to_an_adapter(trained: Trained) -> None:
+    request, result, _ = trained
+    manifest = read_manifest(request.adapter_dir, kind="adapter", verify="hashes")
+    assert set(manifest.outputs) == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "loss_curve.png",
+        "training_log.jsonl",
+    }
+    assert manifest.parameters["lora_rank"] == 4
+    assert result.adapter_hash == adapter_hash(request.adapter_dir)
+    config = json.loads((request.adapter_dir / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "small"
+    assert (request.adapter_dir / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((request.work_dir / "tensorboard").glob("events.*"))
+    assert not list(request.work_dir.rglob("checkpoint-*"))
+
+
+def test_the_model_card_has_the_hub_s_metadata(trained: Trained) -> None:
+    from huggingface_hub import ModelCard
+
+    request, _, _ = trained
+    card = ModelCard.load(request.adapter_dir / "README.md")
+    assert card.data.base_model == "small"
+    assert card.data.library_name == "peft"
+    assert "| lora_rank | 4 |" in card.text
+
+
+def test_progress_tells_loss_rate_speed_and_time_left(trained: Trained) -> None:
+    _, _, events = trained
+    last = events[-1]
+    assert (last.done, last.total, last.unit) == (9, 9, "steps")
+    assert {"loss", "learning_rate", "tokens_per_second", "eta_seconds"} <= set(last.figures)
+
+
+def test_a_complete_adapter_is_not_trained_again(trained: Trained) -> None:
+    request, result, _ = trained
+    assert train_adapter(request) == result.model_copy(update={"reused": True})
+
+
+def test_a_dry_run_counts_the_steps_and_makes_nothing(make_request: MakeRequest) -> None:
+    request = make_request()
+    result = dry_run(request)
+    assert (result.status, result.training_steps, result.adapter_path) == ("dry_run", 9, None)
+    assert not request.adapter_dir.exists()
+    assert not request.work_dir.exists()
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [
+        {"method": "qlora"},
+        {"method": "prefix", "virtual_tokens": 4},
+        {"method": "ia3"},
+        {"use_dora": True},
+        {"use_rslora": True},
+        {"use_pissa": True},
+        {"gradient_checkpointing": True},
+        {"packing": True},
+    ],
+    ids=lambda trial: "-".join(map(str, trial.values())) if "method" in trial else next(iter(trial)),
+)
+def test_every_method_learns_and_plain_peft_repeats_what_it_learned(
+    make_request: MakeRequest, trial: dict[str, Any]
+) -> None:
+    import torch
+
+    request = make_request(max_steps=4, learning_rate=2e-2, **trial)
+    result = train_adapter(request)
+    losses = [point.loss for point in result.loss_curve]
+    assert losses[-1] < losses[0]
+    assert not torch.allclose(logits_of(request, request.adapter_dir), logits_of(request, None), atol=1e-4)
+
+
+def test_packed_and_padded_batches_give_the_same_losses(make_request: MakeRequest) -> None:
+    def losses(place: str, packing: bool) -> list[float]:
+        request = make_request(place=place, packing=packing, max_steps=3)
+        return [point.loss for point in train_adapter(request).loss_curve]
+
+    assert losses("packed", packing=True) == pytest.approx(losses("padded", packing=False), abs=2e-4)
+
+
+def test_the_curve_of_a_fixed_training_is_the_golden_one(trained: Trained) -> None:
+    _, result, _ = trained
+    golden = [5.8138, 5.7971, 5.6787, 5.5193, 5.3960, 5.3366, 5.3330, 5.2571, 5.2388]
+    assert [point.loss for point in result.loss_curve] == pytest.approx(golden, abs=5e-3)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import ArtifactError
+from finetune.training.adapter_hash import adapter_hash
+
+
+def write_adapter(directory: Path, tensors: dict[str, Any], **config: Any) -> Path:
+    from safetensors.torch import save_file
+
+    directory.mkdir()
+    save_file(tensors, directory / "adapter_model.safetensors", metadata=config.pop("metadata", None))
+    (directory / "adapter_config.json").write_text(json.dumps({"r": 8, "target_modules": ["q", "v"], **config}))
+    return directory
+
+
+def tensors(change: float = 0.0) -> dict[str, Any]:
+    import torch
+
+    return {"a": torch.arange(4, dtype=torch.bfloat16), "b": torch.full((2, 3), 1.0 + change)}
+
+
+def test_place_base_path_order_and_metadata_do_not_matter(tmp_path: Path) -> None:
+    one = write_adapter(tmp_path / "one", tensors(), base_model_name_or_path="/here")
+    reordered = dict(reversed(tensors().items()))
+    two = write_adapter(
+        tmp_path / "two",
+        reordered,
+        base_model_name_or_path="there",
+        target_modules=["v", "q"],
+        metadata={"format": "pt"},
+    )
+    assert adapter_hash(one) == adapter_hash(two)
+
+
+def test_weights_and_configuration_matter(tmp_path: Path) -> None:
+    import torch
+
+    hashes = {
+        adapter_hash(write_adapter(tmp_path / "one", tensors())),
+        adapter_hash(write_adapter(tmp_path / "two", tensors(1e-6))),
+        adapter_hash(write_adapter(tmp_path / "three", tensors(), r=4)),
+        adapter_hash(write_adapter(tmp_path / "four", {**tensors(), "a": torch.arange(4, dtype=torch.float16)})),
+    }
+    assert len(hashes) == 4
+
+
+def test_a_damaged_adapter_has_no_hash(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "one", tensors())
+    (adapter / "adapter_model.safetensors").write_bytes(b"short")
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        adapter_hash(adapter)

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from finetune.base_model.models import BaseModelRef
+from finetune.planning.models import TrialConfig
+from finetune.training.identity import training_run_id
+
+MODEL = BaseModelRef(name="m", path=Path("/models/m"), revision=None, fingerprint="f")
+TRIAL = TrialConfig(trial_id="one")
+
+
+def run_id(
+    *,
+    date: str = "2026-06-01",
+    dataset: str = "d",
+    trial: TrialConfig = TRIAL,
+    base_model: BaseModelRef = MODEL,
+    backend: str = "hf-peft",
+) -> str:
+    return training_run_id(date=date, dataset_fingerprint=dataset, trial=trial, base_model=base_model, backend=backend)
+
+
+def test_the_id_is_stable_and_safe_as_an_ollama_tag() -> None:
+    assert run_id() == run_id()
+    assert re.fullmatch(r"20260601-[0-9a-f]{10}", run_id())
+
+
+def test_whatever_decides_the_adapter_changes_the_id() -> None:
+    ids = {
+        run_id(),
+        run_id(date="2026-06-02"),
+        run_id(dataset="e"),
+        run_id(trial=TRIAL.model_copy(update={"seed": 1})),
+        run_id(base_model=MODEL.model_copy(update={"fingerprint": "g"})),
+        run_id(backend="h2o"),
+    }
+    assert len(ids) == 6
+
+
+def test_the_places_and_names_of_equal_things_do_not(tmp_path: Path) -> None:
+    assert run_id(base_model=MODEL.model_copy(update={"path": tmp_path})) == run_id()
+    assert run_id(trial=TRIAL.model_copy(update={"trial_id": "two"})) == run_id()
