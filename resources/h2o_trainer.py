@@ -90,12 +90,21 @@ class H2OTrainer(LoraTrainer):
         return result
 
     def cancel(self, request: TrainingRequest) -> bool:
-        """Stop the request's experiment, if there is one and the server can; tells whether it did."""
+        """Stop the request's experiment, if there is one and the server can; the next run makes a new one.
+
+        Raises:
+            ConfigurationError: the address or the key is wrong.
+            RemoteError: the server stays away.
+        """
         with self._client(lambda event: None) as client:
             state = RemoteState.load(request.work_dir / _STATE, server=client.api_url)
             found = None if state.experiment_id else client.find_experiment(state.key(request.run_id))
             experiment_id = state.experiment_id or (found and found.id)
-            return client.cancel_experiment(experiment_id) if experiment_id else False
+            if not experiment_id or not client.cancel_experiment(experiment_id):
+                return False
+            state.generation += 1
+            _forget_experiment(state, request.work_dir / _STATE)
+            return True
 
     def _client(self, on_progress: Progress) -> H2OClient:
         def on_wait(message: str) -> None:
@@ -125,7 +134,13 @@ class H2OTrainer(LoraTrainer):
             state.generation += 1
         if found is None:
             self._upload(client, request, state, on_progress)
-            found = client.create_experiment(state.key(request.run_id), _experiment_body(request, state))
+            try:
+                found = client.create_experiment(state.key(request.run_id), _experiment_body(request, state))
+            except TrainingError:
+                # The server may have forgotten the dataset: the next run uploads it again.
+                state.dataset_id = None
+                state.save(path)
+                raise
         state.experiment_id = found.id
         state.save(path)
         return found

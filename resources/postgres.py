@@ -11,6 +11,7 @@ cluster/   PostgreSQL's data directory, renamed into place when initdb has finis
 socket/    the unix socket, unless its path would be too long for the operating system
 lock       held while the server is started or stopped
 users      one shared lock per process that uses the server: the kernel drops it however the process ends
+host       the name of the machine that started the server
 log        the server's log
 ```
 
@@ -27,6 +28,7 @@ import os
 import pwd
 import shlex
 import shutil
+import socket
 import subprocess
 import tempfile
 import time
@@ -77,7 +79,6 @@ class EmbeddedPostgres:
             ) from error
         try:
             with self._locked():
-                fcntl.flock(self._users, fcntl.LOCK_SH)
                 self._ensure_running()
         except BaseException:
             os.close(self._users)
@@ -120,11 +121,38 @@ class EmbeddedPostgres:
             yield
 
     def _ensure_running(self) -> None:
+        others = self._count_in()
         if not (self._cluster / "PG_VERSION").is_file():
             self._initialise()
         if self._server_pid() is None:
+            if others:
+                self._refuse_another_machine()
             self._start()
         self._wait_until_ready()
+
+    def _count_in(self) -> bool:
+        """Take this process's shared lock; tells whether others hold theirs."""
+        try:
+            fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            others = True
+        else:
+            others = False
+        fcntl.flock(self._users, fcntl.LOCK_SH)
+        return others
+
+    def _refuse_another_machine(self) -> None:
+        """Two servers on one data directory would destroy it, and process ids mean nothing across machines.
+
+        Locks on a shared volume do: users elsewhere mean a server elsewhere.
+        """
+        host = (self._directory / "host").read_text(encoding="utf-8") if (self._directory / "host").exists() else ""
+        if host not in ("", socket.gethostname()):
+            raise ConfigurationError(
+                f"the embedded PostgreSQL of this data root is in use on {host}; it serves one machine alone",
+                where=self._directory,
+                remedy="Set DATABASE_URL to a PostgreSQL server that all machines reach",
+            )
 
     def _initialise(self) -> None:
         for leftover in self._directory.glob(f".{self._cluster.name}.tmp-*"):
@@ -145,6 +173,7 @@ class EmbeddedPostgres:
         if self._pid_file_is_foreign():
             # PostgreSQL only asks whether that process id exists, and would refuse to start.
             (self._cluster / "postmaster.pid").unlink()
+        (self._directory / "host").write_text(socket.gethostname(), encoding="utf-8")
         log = self._directory / "log"
         log.touch(mode=0o600)
         sockets = self._socket_directory()

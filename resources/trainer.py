@@ -47,3 +47,7 @@ class LoraTrainer(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]  # ge
             PermanentError: trying again cannot help.
             TransientError: trying again later may help.
         """
+
+    def cancel(self, request: TrainingRequest) -> bool:
+        """Stop what runs elsewhere for this request, when nobody wants it any more; tells whether it did."""
+        return False

@@ -59,7 +59,7 @@ class Protocol(dg.Config):
             "stopped": self.stopped_statuses,
         }
         for status, names in known.items():
-            if name.lower() in names:
+            if name.casefold() in map(str.casefold, names):
                 return status
         raise ConfigurationError(
             f"the H2O server reports the unknown status {name[:100]!r}",
@@ -78,7 +78,7 @@ class Timing(dg.Config):
     poll_ceiling: float = Field(default=60, gt=0, description="Between later looks.")
     retry: float = Field(default=1, gt=0, description="After the first failure of a call.")
     retry_ceiling: float = Field(default=60, gt=0, description="Between later trials of a call.")
-    retry_budget: float = Field(default=1800, ge=0, description="How long an outage may last before a call gives up.")
+    retry_budget: float = Field(default=3600, ge=0, description="How long an outage may last before a call gives up.")
     stalled: float = Field(default=3600, gt=0, description="Running without any news for so long is an error.")
     total: float = Field(default=7 * 86400, gt=0, description="From the start until the adapter is there.")
 
@@ -134,5 +134,5 @@ class Experiment(BaseModel):
             error=str(answer.get(protocol.error_field) or ""),
             log_tail="\n".join(map(str, log_tail)) if isinstance(log_tail, list) else str(log_tail),
             url=str(answer.get(protocol.url_field) or ""),
-            sha256=answer.get(protocol.sha256_field),
+            sha256=str(answer[protocol.sha256_field]).lower() if answer.get(protocol.sha256_field) else None,
         )

@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
 
 from finetune.base_model.models import BaseModelRef
@@ -22,8 +23,9 @@ from finetune.progress import ProgressEvent
 from finetune.publishing import is_complete, read_manifest
 from finetune.registry.hashing import adapter_hash
 from finetune.training.models import TrainingRequest, TrainingResult
-from resources.h2o.protocol import Limits, Timing
+from resources.h2o.protocol import Limits, Protocol, Timing
 from resources.h2o_trainer import H2OTrainer
+from resources.trainer import LoraTrainer
 from tests.resources import h2o_server
 from tests.resources.h2o_server import (
     KEY,
@@ -318,6 +320,17 @@ def test_an_experiment_that_vanishes_is_an_error_and_the_next_run_makes_a_new_on
     assert train(trainer_for(server), request_).status == "completed"
 
 
+def test_names_of_another_edition_are_settings(server: H2OServer, request_: TrainingRequest) -> None:
+    server.outcome = {"status": "DONE", "sha256": server.sha256.upper()}
+    protocol = Protocol(finished_statuses=["done"], step_field="total_steps", loss_metric="gpu_hours")
+    trainer = H2OTrainer(api_url=server.url, api_key=KEY, timing=Timing(**FAST), protocol=protocol)
+    with pytest.raises(TrainingError, match="not finished"):
+        train(trainer, request_)
+    server.experiments["exp/1"]["status"] = "finished"
+    trainer = trainer_for(server)
+    assert train(trainer, request_).external_run_id == "exp/1"
+
+
 def test_an_unknown_status_names_the_setting(server: H2OServer, request_: TrainingRequest) -> None:
     server.outcome = {"status": "meditating"}
     with pytest.raises(ConfigurationError, match=r"'meditating'.*status lists"):
@@ -526,6 +539,21 @@ def test_an_experiment_can_be_cancelled(server: H2OServer, request_: TrainingReq
         train(trainer_for(server, total=0.1), request_)
     assert trainer_for(server).cancel(request_)
     assert server.experiments["exp/1"]["status"] == "stopped"
+    server.hold.set()
+    assert train(trainer_for(server), request_).external_run_id == "exp/2"
+
+
+def test_a_dataset_that_the_server_forgot_is_uploaded_again_by_the_next_run(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    server.faults["create"] = [says(503, Retry_After="999999")]
+    with pytest.raises(RemoteError):
+        train(trainer_for(server), request_)
+    server.datasets.clear()
+    with pytest.raises(TrainingError, match="unknown dataset"):
+        train(trainer_for(server), request_)
+    assert train(trainer_for(server), request_).status == "completed"
+    assert server.calls.count("upload") == 2
 
 
 CLIENT = """
@@ -629,3 +657,24 @@ def test_the_key_may_come_from_a_file_with_a_line_break(server: H2OServer, reque
     trainer = H2OTrainer(api_url=server.url, api_key=f"{KEY}\n", timing=Timing(**FAST))
     assert train(trainer, request_).status == "completed"
     assert os.environ.get("H2O_API_KEY") is None
+
+
+def test_it_serves_as_a_dagster_resource_and_its_key_stays_out_of_the_run(
+    server: H2OServer, request_: TrainingRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("H2O_API_KEY", KEY)
+    told: list[tuple[str, str]] = []
+
+    @dg.asset
+    def adapter(trainer: LoraTrainer) -> None:
+        trainer.train(request_, on_progress=lambda event: None, on_external_run=lambda *run: told.append(run))
+
+    trainer = H2OTrainer(api_url=server.url, api_key=dg.EnvVar("H2O_API_KEY"), timing=Timing(**FAST))
+    (tmp_path / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "dagster")) as instance:
+        result = dg.materialize([adapter], resources={"trainer": trainer}, instance=instance)
+        assert result.success
+    assert [run for run, _ in told] == ["exp/1"]
+    assert server.authorizations == [f"Bearer {KEY}"] * len(server.calls)
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or KEY.encode() not in path.read_bytes()

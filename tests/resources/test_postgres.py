@@ -1,3 +1,4 @@
+import fcntl
 import os
 import pwd
 import shutil
@@ -139,6 +140,20 @@ def test_an_interrupted_creation_is_repeated_from_the_start(short_directory: Pat
     server = EmbeddedPostgres(directory)
     assert answers(server.url)
     assert not half_made.exists()
+    server.close()
+
+
+def test_a_server_that_another_machine_runs_on_a_shared_volume_is_left_alone(short_directory: Path) -> None:
+    directory = short_directory / "pg"
+    EmbeddedPostgres(directory).close()
+    # What a second pod finds: users' locks, another machine's name, and no process that it can see.
+    (directory / "host").write_text("pod-1")
+    with (directory / "users").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        with pytest.raises(ConfigurationError, match=r"in use on pod-1.*DATABASE_URL"):
+            EmbeddedPostgres(directory)
+    server = EmbeddedPostgres(directory)
+    assert answers(server.url), "a machine that is gone holds no locks, and its name does not matter"
     server.close()
 
 
