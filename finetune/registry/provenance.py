@@ -9,7 +9,8 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+
+from finetune.registry.models import Hardware, Provenance
 
 _LIBRARIES = (
     "lora-assets",
@@ -30,16 +31,16 @@ _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]+@")
 _MASK = "***"
 
 
-def describe_environment() -> dict[str, Any]:
-    """``libraries``, ``python``, ``platform``, ``hardware``, ``git_commit`` and ``command`` of this process."""
-    return {
-        "libraries": _libraries(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "hardware": _hardware(),
-        "git_commit": _git_commit(Path(__file__)),
-        "command": masked_command(sys.argv),
-    }
+def describe_process() -> Provenance:
+    """What this process runs on and with."""
+    return Provenance(
+        libraries=_libraries(),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        hardware=_hardware(),
+        git_commit=_git_commit(Path(__file__)),
+        command=masked_command(sys.argv),
+    )
 
 
 def masked_command(arguments: list[str]) -> list[str]:
@@ -68,18 +69,18 @@ def _libraries() -> dict[str, str]:
     return found
 
 
-def _hardware() -> dict[str, Any]:
-    hardware: dict[str, Any] = {
-        "machine": platform.machine(),
-        "cpus": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpus": [],
-    }
+def _hardware() -> Hardware:
+    gpus: list[str] = []
     # Only a process that trained has torch at hand; importing it for this alone would cost seconds.
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
-        hardware["gpus"] = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return hardware
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Hardware(
+        machine=platform.machine(),
+        cpus=os.cpu_count(),
+        memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        gpus=gpus,
+    )
 
 
 def _git_commit(source: Path) -> str | None:

@@ -23,6 +23,7 @@ from finetune.publishing import (
     MANIFEST_NAME,
     TEMPORARY_MARK,
     FileEntry,
+    canonical_json,
     is_complete,
     publish_directory,
     read_manifest,
@@ -32,13 +33,16 @@ from finetune.publishing import (
 from finetune.registry.hashing import adapter_hash as hash_adapter
 from finetune.registry.hashing import read_adapter_config
 from finetune.registry.history import read_events, reigns
-from finetune.registry.models import Event, RegisteredVersion, Status
-from finetune.registry.provenance import describe_environment
+from finetune.registry.models import Event, ExperimentManifest, RegisteredVersion, Status
+from finetune.registry.provenance import describe_process
 
 KIND = "registered_adapter"
 EXPERIMENT_MANIFEST = "experiment_manifest.json"
-EXPERIMENT_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 1
 _COLLECTED = "collected.json"
+# A registration takes minutes at most, even of large adapters onto a slow volume.
+_ABANDONED_SECONDS = 24 * 3600
+_RESTORE = "Restore the version from a backup, or roll back to another one"
 _VERSION_NAME = re.compile(r"v[1-9][0-9]*")
 
 
@@ -71,18 +75,7 @@ def register_adapter(
         StorageFullError: the disk is full; nothing is left behind.
     """
     outputs = _checked_files(adapter_path, adapter_hash)
-    experiment = {
-        "schema_version": EXPERIMENT_SCHEMA_VERSION,
-        "adapter_hash": adapter_hash,
-        "run_id": run_id,
-        "trial_id": trial_id,
-        "inputs": dict(lineage),
-        "adapter_config": read_adapter_config(adapter_path),
-        "metrics": dict(metrics),
-        "tags": dict(tags),
-        "outputs": {name: entry.model_dump() for name, entry in outputs.items()},
-        **describe_environment(),
-    }
+    provenance = describe_process()
     while True:
         versions = list_versions(registry)
         for known in versions:
@@ -93,9 +86,22 @@ def register_adapter(
             with publish_directory(registry / name, kind=KIND, replace=False) as staging:
                 for file in outputs:
                     _link_or_copy(adapter_path / file, staging.path / file)
-                stated = {"version": name, "created_at": datetime.now(UTC).isoformat()} | experiment
+                experiment = ExperimentManifest(
+                    version=name,
+                    created_at=datetime.now(UTC),
+                    adapter_hash=adapter_hash,
+                    run_id=run_id,
+                    trial_id=trial_id,
+                    # As it will be read back, whatever mappings and paths the caller gave.
+                    inputs=json.loads(canonical_json(lineage)),
+                    adapter_config=read_adapter_config(adapter_path),
+                    metrics=dict(metrics),
+                    tags=dict(tags),
+                    outputs=outputs,
+                    **dict(provenance),
+                )
                 (staging.path / EXPERIMENT_MANIFEST).write_text(
-                    json.dumps(stated, indent=2, ensure_ascii=False, default=str) + "\n", encoding="utf-8"
+                    experiment.model_dump_json(indent=2) + "\n", encoding="utf-8"
                 )
                 staging.inputs = {"adapter_hash": adapter_hash}
         except FileExistsError:
@@ -192,11 +198,6 @@ def collect_garbage(registry: Path, *, keep: int, by: str) -> list[str]:
     return removed
 
 
-# A registration takes minutes at most, even of large adapters onto a slow volume.
-_ABANDONED_SECONDS = 24 * 3600
-_RESTORE = "Restore the version from a backup, or roll back to another one"
-
-
 def _checked_files(adapter_path: Path, adapter_hash: str) -> dict[str, FileEntry]:
     if is_complete(adapter_path):
         outputs = read_manifest(adapter_path, verify="hashes").outputs
@@ -229,26 +230,36 @@ def _link_or_copy(source: Path, target: Path) -> None:
 def _read(registry: Path, name: str, events: list[Event]) -> RegisteredVersion:
     directory = registry / name
     path = directory / EXPERIMENT_MANIFEST
-    status, reason = _status(directory, events)
     try:
-        stated = json.loads(path.read_bytes())
-        return RegisteredVersion(
-            version=stated["version"],
-            adapter_hash=stated["adapter_hash"],
-            stored_path=directory,
-            created_at=stated["created_at"],
-            run_id=stated["run_id"],
-            trial_id=stated["trial_id"],
-            metrics=stated["metrics"],
-            tags=stated["tags"],
-            lineage=stated["inputs"],
-            status=status,
-            reason=reason,
-        )
-    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        experiment = ExperimentManifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
         raise ArtifactError(
             f"unreadable experiment manifest of {name}: {error}", where=path, remedy=_RESTORE
         ) from error
+    if experiment.version != name:
+        raise ArtifactError(
+            f"the directory {name} holds version {experiment.version}", where=directory, remedy="Give it its name back"
+        )
+    if experiment.schema_version > _SCHEMA_VERSION:
+        raise ArtifactError(
+            f"{name} has schema version {experiment.schema_version}, this program knows {_SCHEMA_VERSION}",
+            where=path,
+            remedy="Upgrade lora-assets",
+        )
+    status, reason = _status(directory, events)
+    return RegisteredVersion(
+        version=name,
+        adapter_hash=experiment.adapter_hash,
+        stored_path=directory,
+        created_at=experiment.created_at,
+        run_id=experiment.run_id,
+        trial_id=experiment.trial_id,
+        metrics=experiment.metrics,
+        tags=experiment.tags,
+        lineage=experiment.inputs,
+        status=status,
+        reason=reason,
+    )
 
 
 def _status(directory: Path, events: list[Event]) -> tuple[Status, str]:

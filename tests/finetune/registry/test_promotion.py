@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,22 @@ def test_a_missing_or_altered_entry_of_the_history_is_an_error(three: Path) -> N
     first.unlink()
     with pytest.raises(ArtifactError, match=r"entry 1 .* is missing"):
         champion(three)
+
+
+def test_an_event_whose_link_was_made_though_the_answer_was_lost_is_kept(
+    three: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    link = os.link
+
+    def answer_lost(source: Path, target: Path) -> None:
+        link(source, target)
+        lost.append(target)
+        raise FileExistsError(str(target))
+
+    lost: list[Path] = []
+    monkeypatch.setattr(os, "link", answer_lost)
+    assert promote(three, "v1", reason="first", by="anna").status == "champion"
+    assert len(lost) == len(read_events(three)) == 1
 
 
 PROMOTER = """

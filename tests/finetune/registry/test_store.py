@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import ArtifactError
+from finetune.errors import ArtifactError, StorageFullError
 from finetune.publishing import MANIFEST_NAME, publish_directory, read_manifest
 from finetune.registry.hashing import WEIGHTS_NAME, adapter_hash
 from finetune.registry.models import Decision, RegisteredVersion
@@ -249,6 +250,41 @@ def test_a_copy_serves_where_hard_links_do_not(
     register(registry, make_adapter(tmp_path / "adapter"))
     assert refusals
     verify_version(registry, "v1")
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    registry: Path, tmp_path: Path, make_adapter: MakeAdapter, register: Register, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = make_adapter(tmp_path / "adapter")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "link", full)
+        patched.setattr(shutil, "copyfile", full)
+        with pytest.raises(StorageFullError):
+            register(registry, adapter)
+    assert list(registry.iterdir()) == []
+    assert register(registry, adapter).version == "v1"
+
+
+def test_a_version_under_another_name_is_noticed(
+    registry: Path, tmp_path: Path, make_adapter: MakeAdapter, register: Register
+) -> None:
+    register(registry, make_adapter(tmp_path / "adapter"))
+    (registry / "v1").rename(registry / "v2")
+    with pytest.raises(ArtifactError, match="the directory v2 holds version v1"):
+        verify_version(registry, "v2")
+
+
+def test_lineage_is_read_back_as_it_was_given(
+    registry: Path, tmp_path: Path, make_adapter: MakeAdapter, register: Register
+) -> None:
+    lineage = {"base_model_fingerprint": "b", "plan": {"seed": 42, "path": tmp_path}, "files": [{"sha256": "0"}]}
+    version = register(registry, make_adapter(tmp_path / "adapter"), lineage=lineage)
+    assert version.lineage == lineage | {"plan": {"seed": 42, "path": str(tmp_path)}}
+    assert version.base_fingerprint == "b"
 
 
 def test_collecting_garbage_removes_old_challengers_and_never_a_number(
