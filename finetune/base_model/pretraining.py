@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -25,8 +26,8 @@ class Recipe:
 
     format: int = 1
     seed: int = 20260601
-    services: int = 6
-    rounds: int = 34
+    services: int = 4
+    rounds: int = 50
     unheard: float = 1.0
     vocabulary: int = 2048
     # Rows of K-quants are blocks of 256 weights, so both sizes are multiples of 256.
@@ -58,7 +59,13 @@ def train_tokenizer(conversations: list[Conversation], *, vocabulary: int, conte
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = (text for turns in conversations for turn in turns for text in (turn["role"], turn["content"]))
+    # Without digits no two of them are merged: numbers are spelled, and learnt, digit by digit.
+    texts = (
+        re.sub(r" ?[0-9]+", "", text)
+        for turns in conversations
+        for turn in turns
+        for text in (turn["role"], turn["content"])
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

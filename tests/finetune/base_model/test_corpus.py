@@ -158,3 +158,7 @@ def test_the_chat_template_renders_every_role_and_marks_the_assistants_side(toke
     encoded = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     trained = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
     assert tokenizer.decode(trained) == "П'ять по дванадцятій." + EOS
+
+
+def test_numbers_are_spelled_digit_by_digit(tokenizer: Any) -> None:
+    assert tokenizer.tokenize("порт 8472.") == [*tokenizer.tokenize("порт"), "Ġ", "8", "4", "7", "2", "."]
