@@ -11,6 +11,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.errors import ArtifactError, ConfigurationError, ExportError
 from finetune.export.converter import AdapterConversion, Conversions, ModelConversion
 from finetune.export.gguf import export_gguf, verify_gguf
+from finetune.export.merge import merge_adapter
 from finetune.export.models import GgufExport, MergedModel
 from finetune.export.runtime import GgufRuntime
 from finetune.export.verify import LIMITS, Reference, check_tokenization, compare
@@ -117,29 +118,27 @@ def test_the_runtime_survives_llama_cpp_dying(gguf: GgufExport) -> None:
             runtime.complete([1, 2, 3], 4)
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"use_rslora": True}, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"up_proj": 64}}],
-    ids=["rslora", "patterns"],
-)
 def test_the_adapter_gguf_keeps_every_modules_scale(
-    base: BaseModelRef, gguf: GgufExport, make_adapter: MakeAdapter, tmp_path: Path, changes: dict[str, Any]
+    base: BaseModelRef, gguf: GgufExport, make_adapter: MakeAdapter, tmp_path: Path
 ) -> None:
     from peft import LoraConfig
 
-    from finetune.export.merge import merge_adapter
+    def lora(**changes: Any) -> LoraConfig:
+        return LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
 
-    config = LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
-    adapter = make_adapter(config, steps=8)
-    merged = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
-    output = tmp_path / "adapter.gguf"
-    with Conversions([AdapterConversion(adapter, base.path, output)]) as conversions:
-        reference = Reference(merged.path, PROMPTS)
+    configs = [lora(use_rslora=True), lora(rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 64})]
+    adapters = [make_adapter(config, steps=8) for config in configs]
+    outputs = [tmp_path / "rslora.gguf", tmp_path / "patterns.gguf"]
+    jobs = [AdapterConversion(adapter, base.path, output) for adapter, output in zip(adapters, outputs, strict=True)]
+    with Conversions(jobs) as conversions:
         conversions.wait()
-    with GgufRuntime(gguf.base.path, output) as runtime:
-        assert compare(runtime, reference, LIMITS["F16"]).divergence < 1e-3
-    with GgufRuntime(gguf.base.path) as runtime, pytest.raises(ExportError):
-        compare(runtime, reference, LIMITS["F16"])
+    for adapter, output in zip(adapters, outputs, strict=True):
+        merged = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+        reference = Reference(merged.path, PROMPTS)
+        with GgufRuntime(gguf.base.path, output) as runtime:
+            assert compare(runtime, reference, LIMITS["F16"]).divergence < 1e-3
+        with GgufRuntime(gguf.base.path) as runtime, pytest.raises(ExportError):
+            compare(runtime, reference, LIMITS["F16"])
 
 
 def test_an_adapter_that_is_no_plain_lora_is_refused(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
