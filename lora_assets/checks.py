@@ -11,6 +11,7 @@ from finetune.publishing import read_manifest
 from finetune.registry.models import RegisteredVersion
 from finetune.training.models import TrainingResult
 from lora_assets.assets.common import SETTINGS, key, log_progress, made_from, path, table
+from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 
@@ -21,7 +22,7 @@ def _failed(error: FinetuneError) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(passed=False, description=str(error))
 
 
-@dg.asset_check(asset=key("merged_dataset"), blocking=True)
+@dg.asset_check(asset=key("merged_dataset"), partitions_def=dataset_dates, blocking=True)
 def dataset_whole_and_not_empty(merged_dataset: PreparedDataset) -> dg.AssetCheckResult:
     """The files are as the manifest says, and both splits hold records."""
     try:
@@ -36,7 +37,7 @@ def dataset_whole_and_not_empty(merged_dataset: PreparedDataset) -> dg.AssetChec
     )
 
 
-@dg.asset_check(asset=key("merged_dataset"), blocking=True)
+@dg.asset_check(asset=key("merged_dataset"), partitions_def=dataset_dates, blocking=True)
 def reject_rate_under_threshold(merged_dataset: PreparedDataset) -> dg.AssetCheckResult:
     """Few enough lines were rejected (MAX_REJECT_RATE)."""
     counts = merged_dataset.counts
@@ -55,7 +56,7 @@ def reject_rate_under_threshold(merged_dataset: PreparedDataset) -> dg.AssetChec
     )
 
 
-@dg.asset_check(asset=key("merged_dataset"), blocking=True)
+@dg.asset_check(asset=key("merged_dataset"), partitions_def=dataset_dates, blocking=True)
 def no_prompt_on_both_sides(merged_dataset: PreparedDataset) -> dg.AssetCheckResult:
     """No held-out prompt was trained on."""
     leaked = leaked_prompts(merged_dataset.train_path, merged_dataset.eval_path)
@@ -66,7 +67,7 @@ def no_prompt_on_both_sides(merged_dataset: PreparedDataset) -> dg.AssetCheckRes
     )
 
 
-@dg.asset_check(asset=key("adapter"), blocking=True)
+@dg.asset_check(asset=key("adapter"), partitions_def=dataset_dates, blocking=True)
 def adapter_whole_and_finite(adapter: TrainingResult, store: ArtifactStore) -> dg.AssetCheckResult:
     """The adapter's files are as the manifest says, and every weight is a number."""
     from finetune.training.inspect import non_finite_tensors
@@ -83,7 +84,7 @@ def adapter_whole_and_finite(adapter: TrainingResult, store: ArtifactStore) -> d
     )
 
 
-@dg.asset_check(asset=key("eval_report"))
+@dg.asset_check(asset=key("eval_report"), partitions_def=dataset_dates)
 def adapter_beats_base(eval_report: EvalReport) -> dg.AssetCheckResult:
     """The adapter's held-out loss is lower than the base model's, beyond chance.
 
@@ -99,7 +100,7 @@ def adapter_beats_base(eval_report: EvalReport) -> dg.AssetCheckResult:
     )
 
 
-@dg.asset_check(asset=key("registered_adapter"), blocking=True)
+@dg.asset_check(asset=key("registered_adapter"), partitions_def=dataset_dates, blocking=True)
 def version_unaltered(registered_adapter: RegisteredVersion, store: ArtifactStore) -> dg.AssetCheckResult:
     """The registered files hash to the version's SHA-256."""
     from finetune.registry.store import verify_version
@@ -113,6 +114,7 @@ def version_unaltered(registered_adapter: RegisteredVersion, store: ArtifactStor
 
 @dg.asset_check(
     asset=key("merged_model"),
+    partitions_def=dataset_dates,
     blocking=True,
     additional_ins=made_from("promoted_adapter", "merged_dataset"),
 )
@@ -144,6 +146,7 @@ def merged_equals_base_plus_adapter(
 
 @dg.asset_check(
     asset=key("gguf"),
+    partitions_def=dataset_dates,
     blocking=True,
     additional_ins=made_from("merged_model", "merged_dataset"),
 )

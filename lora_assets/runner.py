@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import dagster as dg
+from dagster_shared.error import SerializableErrorInfo
 from pydantic import BaseModel, ConfigDict
 
 from lora_assets.settings import Settings
@@ -59,9 +60,15 @@ def console(init_context: dg.InitLoggerContext) -> logging.Logger:
     logger = logging.Logger("lora_assets.console", logging.INFO)
     handler = logging.StreamHandler()
     handler.setFormatter(_ShortLine("%(asctime)s %(where)-38s %(text)s", "%H:%M:%S"))
-    handler.addFilter(lambda record: "dagster_event" not in _meta(record))
+    handler.addFilter(_said_by_an_asset)
     logger.addHandler(handler)
     return logger
+
+
+def _said_by_an_asset(record: logging.LogRecord) -> bool:
+    meta = _meta(record)
+    # That a step is left out follows from the failure or skip before it.
+    return "dagster_event" not in meta and not str(meta.get("orig_message")).startswith("Dependencies for step")
 
 
 class _ShortLine(logging.Formatter):
@@ -108,6 +115,13 @@ def run_date(
     return outcome
 
 
+def _cause(error: SerializableErrorInfo) -> str:
+    """What the step raised, without Dagster's wrapping and the name of its class."""
+    while str(error.cls_name).startswith("Dagster") and error.cause is not None:
+        error = error.cause
+    return error.message.strip().splitlines()[0].split(": ", 1)[-1]
+
+
 def _outcome(date: str, success: bool, run_id: str, events: Sequence[dg.DagsterEvent], seconds: float) -> DateOutcome:
     durations = {
         event.step_key: event.step_success_data.duration_ms / 1000 for event in events if event.is_step_success
@@ -129,7 +143,7 @@ def _outcome(date: str, success: bool, run_id: str, events: Sequence[dg.DagsterE
     ]
     failed = [f"{check.check_name}: {check.description}" for check in checks if not check.passed]
     errors = [
-        f"{event.step_key}: {event.step_failure_data.error_display_string.strip().splitlines()[0]}"
+        f"{event.step_key}: {_cause(event.step_failure_data.error)}"
         for event in events
         if event.is_step_failure and event.step_failure_data.error
     ]
