@@ -23,18 +23,21 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from contenders import CONTENDERS, NEEDS_CLEAN  # noqa: E402
+from contenders import CONTENDERS, NEEDS_CLEAN, SAME_FILES  # noqa: E402
 from generator import write_exports  # noqa: E402
+
+from finetune.publishing import sha256_file  # noqa: E402
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 class Measurement(NamedTuple):
-    """One run: seconds of CPU and wall, peak bytes of memory."""
+    """One run: seconds of CPU and wall, peak bytes of memory, the hashes of the two files it made."""
 
     cpu: float
     wall: float
     memory: int
+    digests: list[str]
 
 
 def measure(name: str, source: Path, target: Path) -> Measurement:
@@ -53,11 +56,12 @@ def measure(name: str, source: Path, target: Path) -> Measurement:
         time.sleep(0.01)
     wall = time.perf_counter() - started
     after = os.times()
-    shutil.rmtree(target)
     if process.returncode:
         raise SystemExit(f"{name} failed with exit status {process.returncode}")
+    digests = [sha256_file(next(target.rglob(f"{side}.jsonl"))) for side in ("train", "eval")]
+    shutil.rmtree(target)
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
-    return Measurement(cpu, wall, peak)
+    return Measurement(cpu, wall, peak, digests)
 
 
 def _resident(pid: int) -> int:
@@ -95,12 +99,14 @@ def compare(directory: Path, megabytes: int, rounds: int, names: list[str]) -> N
     for _ in range(rounds):
         for name in names:
             runs[name].append(measure(name, corpora[name in NEEDS_CLEAN], directory / "target"))
+    if len({str(run.digests) for name in SAME_FILES & set(names) for run in runs[name]}) > 1:
+        raise SystemExit(f"the files of {', '.join(sorted(SAME_FILES))} differ")
     load = os.getloadavg()[0]
     print(f"\n{megabytes} MB, medians of {rounds}; {os.cpu_count()} cores, load {load:.1f}")
     print(f"{'':<20} {'MB/CPU-s':>9} {'wall s':>8} {'MB/s':>7} {'peak MB':>8} {'ours is':>8}")
     ours = statistics.median(run.cpu for run in runs["ours"]) if "ours" in runs else None
     for name, measured in runs.items():
-        cpu, wall, memory = (statistics.median(column) for column in zip(*measured, strict=True))
+        cpu, wall, memory = (statistics.median(column) for column in list(zip(*measured, strict=True))[:3])
         ratio = f"{cpu / ours:.2f} x" if ours else ""
         print(
             f"{name:<20} {megabytes / cpu:>9.0f} {wall:>8.2f} {megabytes / wall:>7.0f} {memory / 1e6:>8.0f} {ratio:>8}",

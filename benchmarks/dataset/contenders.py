@@ -1,7 +1,8 @@
 """The same work by several tools: read exports, drop bad lines and duplicates, split, write two files.
 
 ``python benchmarks/dataset/contenders.py NAME SOURCE TARGET`` runs one of them, for `bench` to measure.
-The tools that fail on a bad line are given a corpus without any.
+The tools that fail on a bad line are given a corpus without any. `bench` checks that the hand-written loop
+ends with the same files as we do.
 """
 
 from __future__ import annotations
@@ -32,32 +33,52 @@ def ours_two_workers(source: Path, target: Path) -> None:
 
 
 def orjson_loop(source: Path, target: Path) -> None:
-    """What one would write by hand: a loop, a set of hashes, no word on why a line was dropped."""
+    """What one would write by hand to get the very same two files, and a list of what was dropped and why."""
+    import unicodedata
+
     import orjson
-    from xxhash import xxh3_64_intdigest, xxh3_128_digest
+    from xxhash import xxh3_128_digest
+
+    def squeezed(text: str) -> str:
+        return "".join(unicodedata.normalize("NFC", text).split())
 
     seen: set[bytes] = set()
-    limit = int(EVAL_FRACTION * 2**64)
-    with (target / "train.jsonl").open("wb") as train, (target / "eval.jsonl").open("wb") as held_out:
+    with (
+        (target / "train.jsonl").open("wb") as train,
+        (target / "eval.jsonl").open("wb") as held_out,
+        (target / "rejects.jsonl").open("wb") as rejects,
+    ):
         for path in sorted(source.iterdir()):
-            for line in path.open("rb"):
+            for number, line in enumerate(path.open("rb"), 1):
+                if line.isspace():
+                    continue
                 try:
                     record = orjson.loads(line)
                     if "messages" in record:
-                        texts = [turn["content"] for turn in record["messages"]]
-                        prompt = next(turn["content"] for turn in record["messages"] if turn["role"] == "user")
+                        turns = [(turn["role"], turn["content"]) for turn in record["messages"]]
                     else:
-                        prompt, texts = record["instruction"], [record["instruction"], record["output"]]
-                    if not all(text.strip() for text in texts):
-                        continue
-                except (ValueError, KeyError, TypeError, StopIteration):
+                        turns = [("user", record["instruction"]), ("assistant", record["output"])]
+                    if not all(role in ("system", "user", "assistant") and text.strip() for role, text in turns):
+                        raise ValueError("bad role or empty text")
+                    prompt = next(text for role, text in turns if role == "user")
+                except (ValueError, KeyError, TypeError, StopIteration) as error:
+                    rejects.write(orjson.dumps({"file": path.name, "line": number, "reason": repr(error)}) + b"\n")
                     continue
-                key = xxh3_128_digest(" ".join(" ".join(texts).split()).encode())
+                key = xxh3_128_digest("\0".join(f"{role}\0{squeezed(text)}" for role, text in turns).encode())
                 if key in seen:
                     continue
                 seen.add(key)
-                asked = xxh3_64_intdigest(" ".join(prompt.split()).encode())
-                (held_out if asked < limit else train).write(line)
+                (held_out if _held_out(squeezed(prompt)) else train).write(line)
+
+
+def _held_out(prompt: str) -> bool:
+    """The same split as ours, on Python's integers."""
+    from xxhash import xxh3_64_intdigest
+
+    mixed, mask = xxh3_64_intdigest(prompt.encode()) ^ xxh3_64_intdigest(b""), 2**64 - 1
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        mixed = (mixed ^ (mixed >> shift)) * factor & mask
+    return mixed ^ (mixed >> 31) < int(EVAL_FRACTION * 2**64)
 
 
 def polars_scan(source: Path, target: Path) -> None:
@@ -105,6 +126,7 @@ CONTENDERS = {
     "datasets": hugging_face,
 }
 NEEDS_CLEAN = {"polars scan_ndjson", "datasets"}
+SAME_FILES = {"ours", "ours, 2 workers", "orjson loop"}
 
 if __name__ == "__main__":
     CONTENDERS[sys.argv[1]](Path(sys.argv[2]), Path(sys.argv[3]))

@@ -40,7 +40,8 @@ def diagnose(line: bytes, *, terminated: bool, max_depth: int) -> Any:
         text = line.decode()
     except UnicodeDecodeError as error:
         raise RejectedError("invalid_utf8" if terminated else "half_line", position=error.start) from error
-    _check_depth(text, max_depth)
+    if text.count("{") + text.count("[") > max_depth:
+        _check_depth(text, max_depth)
     try:
         value = json.loads(text, parse_constant=_finite, parse_int=_finite, parse_float=_finite)
     except json.JSONDecodeError as error:

@@ -1,7 +1,7 @@
 """What validation found in one export, kept by content so that no file is validated twice.
 
-An index is a published directory of ``records.bin`` (rows of `finetune.dataset.scan.RECORD`, in the order
-of the file) and ``rejects.jsonl``. It does not know the file's name or date, nor how records are split.
+An index is a published directory of ``records.bin`` (packed `finetune.dataset.scan.RECORD`s in the order of
+the file) and ``rejects.jsonl``. It does not know the file's name or date, nor how records are split.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import publish_directory, read_manifest, sha256_json
 
 _KIND = "export-index"
+# What `finetune.dataset.scan.RECORD` packs, as columns.
+_COLUMNS = np.dtype([("content", "<u8", (2,)), ("prompt", "<u8"), ("offset", "<u8"), ("length", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,10 @@ class FileIndex:
         return self.path / "rejects.jsonl"
 
     def rows(self) -> npt.NDArray[np.void]:
-        """The records as rows of `RECORD`, mapped from the disk."""
+        """The records' ``content``, ``prompt``, ``offset`` and ``length``, mapped from the disk."""
         if not self.records:
-            return np.empty(0, RECORD)
-        return np.memmap(self.path / "records.bin", RECORD, mode="r")
+            return np.empty(0, _COLUMNS)
+        return np.memmap(self.path / "records.bin", _COLUMNS, mode="r")
 
 
 def index_path(directory: Path, fingerprint: Fingerprint, limits: Limits) -> Path:
@@ -140,6 +142,6 @@ def _publish(path: Path, file: ExportFile, fingerprint: Fingerprint, scans: Iter
         staging.results = {
             "lines": lines,
             "blank": blank,
-            "records": size // RECORD.itemsize,
+            "records": size // RECORD.size,
             "reasons": dict(sorted(reasons.items())),
         }

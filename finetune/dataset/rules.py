@@ -133,7 +133,6 @@ def _chat(turns: object, name: str, role_field: str, text_field: str, roles: Map
     if type(turns) is not list:
         raise RejectedError("wrong_type", field=name)
     checked: list[Turn] = []
-    seen = set()
     for turn in turns:
         try:
             role, text = roles[turn[role_field]], turn[text_field]
@@ -142,7 +141,7 @@ def _chat(turns: object, name: str, role_field: str, text_field: str, roles: Map
         except (KeyError, TypeError, ValueError, AttributeError):
             raise _bad_turn(turn, f"{name}[{len(checked)}]", role_field, text_field, roles) from None
         checked.append((role, text))
-        seen.add(role)
+    seen = {role for role, _ in checked}
     if "user" not in seen:
         raise RejectedError("no_user_turn", field=name)
     if "assistant" not in seen:

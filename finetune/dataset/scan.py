@@ -1,20 +1,19 @@
 """Validation of one range of an export: which lines are records, where they lie, and what is wrong elsewhere.
 
 A line belongs to the range in which it starts. Results are small and flat, since they travel between
-processes: a record is one row of `RECORD`, a reject one line of JSON.
+processes: a record is a `RECORD`, a reject a line of JSON.
 """
 
 from __future__ import annotations
 
 import codecs
-from array import array
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from struct import Struct
 from typing import Any
 from unicodedata import normalize
 
-import numpy as np
 import orjson
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
@@ -24,8 +23,8 @@ from finetune.dataset.rules import RejectedError, Turn, checked_turns
 
 # Changes whenever the same bytes could give another result: kept indexes are then made anew.
 RULES_VERSION = 1
-# `content` and `prompt` are hashes of normalised text; `offset` and `length` are in bytes.
-RECORD = np.dtype([("content", "<u8", (2,)), ("prompt", "<u8"), ("offset", "<u8"), ("length", "<u4")])
+# A record: the hashes of its normalised content and prompt, its offset and its length in bytes.
+RECORD = Struct("<16sQQI")
 _WHITESPACE = b" \t\n\r\x0b\x0c"
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 120
@@ -57,7 +56,7 @@ class RangeTask:
 class RangeScan:
     """What a range holds.
 
-    `records` are rows of `RECORD`; `rejects` lines of JSON with offset, length, reason, field, position
+    `records` are packed `RECORD`s; `rejects` lines of JSON with offset, length, reason, field, position
     and head, whose line numbers within the range, from 0, are in `reject_lines`.
     """
 
@@ -106,8 +105,7 @@ def scan_range(task: RangeTask) -> RangeScan:
     """
     found = _read_lines(task)
     scan = RangeScan(lines=len(found.lines))
-    contents: list[bytes] = []
-    rows = array("Q")
+    records: list[bytes] = []
     limits, offset, last = task.limits, found.offset, len(found.lines) - 1
     for number, line in enumerate(found.lines):
         length = len(line)
@@ -132,13 +130,9 @@ def scan_range(task: RangeTask) -> RangeScan:
                 scan.rejects.append(_reject(line, offset, length, error, shift=start - offset))
                 offset += length + 1
                 continue
-        contents.append(xxh3_128_digest(content))
-        rows.extend((xxh3_64_intdigest(prompt), start, kept))
+        records.append(RECORD.pack(xxh3_128_digest(content), xxh3_64_intdigest(prompt), start, kept))
         offset += length + 1
-    records = np.empty(len(contents), RECORD)
-    records["content"] = np.frombuffer(b"".join(contents), "<u8").reshape(-1, 2)
-    records["prompt"], records["offset"], records["length"] = np.frombuffer(rows, np.uint64).reshape(-1, 3).T
-    scan.records = records.tobytes()
+    scan.records = b"".join(records)
     return scan
 
 
@@ -148,8 +142,8 @@ def _parse(line: bytes, limits: Limits) -> list[Turn]:
         raise ValueError
     record = orjson.loads(line)
     turns = checked_turns(record)
-    # Escapes are rare, so the cheap question comes first.
-    if b"\\" in line and b"\\u0000" in line:
+    # (bytes.rfind skips ahead, which find does not: it takes a third of the time.)
+    if line.rfind(b"\\u0000") >= 0:
         raise ValueError
     # Nesting takes brackets, and most records hold few. (bytes.split stops early, and finds faster than count.)
     brackets = len(line.split(b"{", limits.max_depth)) + len(line.split(b"[", limits.max_depth)) - 2

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import pytest
 from xxhash import xxh3_64_intdigest
@@ -21,8 +20,7 @@ def scan(directory: Path, content: bytes, limits: Limits = LIMITS) -> tuple[list
     path = directory / "export.jsonl"
     path.write_bytes(content)
     found = scan_range(RangeTask(path, len(content), 0, len(content), xxh3_64_intdigest(content), limits))
-    records = np.frombuffer(found.records, RECORD)
-    rows = list(zip(records["offset"].tolist(), records["length"].tolist(), strict=True))
+    rows = [(offset, length) for _, _, offset, length in RECORD.iter_unpack(found.records)]
     rejects = [
         {"line": line + 1, **orjson.loads(reject)}
         for line, reject in zip(found.reject_lines, found.rejects, strict=True)
