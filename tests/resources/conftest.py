@@ -1,3 +1,4 @@
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,3 +36,19 @@ def short_directory() -> Iterator[Path]:
     """A directory whose path is short enough for a unix socket, whatever pytest's own is like."""
     with tempfile.TemporaryDirectory(prefix="la-", dir="/tmp") as directory:
         yield Path(directory)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Path]:
+    """A cluster that was made once, to be copied: making one takes a second of a whole core."""
+    with tempfile.TemporaryDirectory(prefix="la-", dir="/tmp") as directory:
+        EmbeddedPostgres(Path(directory)).close()
+        yield Path(directory) / "cluster"
+
+
+@pytest.fixture
+def data_root(short_directory: Path, cluster: Path) -> Path:
+    """A data root whose embedded PostgreSQL exists already and stands still."""
+    (short_directory / "postgres").mkdir()
+    subprocess.run(["cp", "-a", cluster, short_directory / "postgres"], check=True)
+    return short_directory
