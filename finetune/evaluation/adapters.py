@@ -86,6 +86,7 @@ def attached(model: PreTrainedModel, adapter_path: Path) -> Iterator[Module]:
     from safetensors import SafetensorError, safe_open
 
     check_adapter(adapter_path)
+    tree = [(module, dict(module.named_children())) for module in model.modules()]
     try:
         with safe_open(adapter_path / WEIGHTS_NAME, framework="pt") as weights:
             found = set(weights.keys())
@@ -111,3 +112,8 @@ def attached(model: PreTrainedModel, adapter_path: Path) -> Iterator[Module]:
         config = peft_model.active_peft_config
         if not config.is_prompt_learning:
             peft_model.base_model.unload()
+        # `unload` leaves what `modules_to_save` has trained in the place of the base model's own.
+        for module, children in tree:
+            for name, child in children.items():
+                if getattr(module, name) is not child:
+                    setattr(module, name, child)

@@ -89,10 +89,11 @@ def _make_adapter(base: BaseModelRef, path: Path, method: str = "lora", seed: in
     """An adapter with random weights, as PEFT saves it."""
     import torch
     from peft import IA3Config, LoraConfig, PrefixTuningConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_pretrained(base.path)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4") if method == "qlora" else None
+    model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=quantization)
     config = {
         "lora": lambda: LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False),
         "ia3": lambda: IA3Config(
@@ -101,9 +102,22 @@ def _make_adapter(base: BaseModelRef, path: Path, method: str = "lora", seed: in
             feedforward_modules=["down_proj"],
             init_ia3_weights=False,
         ),
+        "dora": lambda: LoraConfig(task_type="CAUSAL_LM", r=4, use_dora=True, init_lora_weights=False),
+        "whole-modules": lambda: LoraConfig(
+            task_type="CAUSAL_LM",
+            r=4,
+            use_rslora=True,
+            target_modules=["q_proj"],
+            modules_to_save=["lm_head", "embed_tokens"],
+            init_lora_weights=False,
+        ),
         "prefix": lambda: PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
-    }[method]()
+    }["lora" if method == "qlora" else method]()
     peft_model = get_peft_model(model, config)
+    if method == "whole-modules":
+        for name, parameter in peft_model.named_parameters():
+            if "modules_to_save" in name:
+                torch.nn.init.normal_(parameter, std=0.3)
     peft_model.save_pretrained(path)
     return path
 

@@ -13,6 +13,7 @@ import pytest
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
 from finetune.errors import ArtifactError, BaseModelError, DatasetError
+from finetune.evaluation.adapters import attached, load_base
 from finetune.evaluation.evaluate import evaluate_adapter
 from finetune.evaluation.models import ChampionRef, EvalReport
 from finetune.progress import ProgressEvent
@@ -60,7 +61,7 @@ def report(
     return evaluate(random_base, random_adapter, held_out_file, tmp_path_factory.mktemp("report") / "evaluation")
 
 
-@pytest.mark.parametrize("method", ["lora", "ia3", "prefix"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "whole-modules", "ia3", "prefix"])
 def test_losses_equal_those_of_transformers_one_record_at_a_time(
     make_adapter: MakeAdapter, method: str, random_base: BaseModelRef, held_out_file: Path, tmp_path: Path
 ) -> None:
@@ -79,20 +80,41 @@ def test_records_are_cut_as_in_training(
     assert found.eval_loss == pytest.approx(plain_loss(random_base, random_adapter, held_out_file, 40), abs=1e-6)
 
 
-def test_the_base_is_itself_again_after_every_adapter(
+@pytest.mark.parametrize("method", ["lora", "dora", "whole-modules", "ia3", "prefix"])
+def test_the_base_is_itself_again_to_the_bit_after_every_adapter(
+    method: str, make_adapter: MakeAdapter, random_base: BaseModelRef, tmp_path: Path
+) -> None:
+    import torch
+
+    adapter = make_adapter(random_base, tmp_path / method, method)
+    model = load_base(random_base)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        bare = model(ids).logits
+        with attached(model, adapter) as adapted:
+            assert not torch.equal(adapted(ids).logits, bare)
+        assert torch.equal(model(ids).logits, bare)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_champion_of_another_kind_is_compared_on_the_same_records(
     make_adapter: MakeAdapter, random_base: BaseModelRef, random_adapter: Path, held_out_file: Path, tmp_path: Path
 ) -> None:
-    for method in ("ia3", "prefix"):
-        other = make_adapter(random_base, tmp_path / method, method)
-        champion = ChampionRef(
-            version="v1", adapter_path=other, adapter_hash=adapter_hash(other), base_fingerprint="random-0"
-        )
-        found = evaluate(random_base, random_adapter, held_out_file, tmp_path / f"out-{method}", champion=champion)
-        assert found.champion is not None
-        assert found.champion.champion_loss == pytest.approx(plain_loss(random_base, other, held_out_file), abs=1e-6)
-        assert found.champion.delta_vs_champion == pytest.approx(found.eval_loss - found.champion.champion_loss)
-        low, high = found.champion.delta_ci95
-        assert low <= found.champion.delta_vs_champion <= high
+    other = make_adapter(random_base, tmp_path / "prefix", "prefix")
+    champion = ChampionRef(
+        version="v1", adapter_path=other, adapter_hash=adapter_hash(other), base_fingerprint="random-0"
+    )
+    found = evaluate(random_base, random_adapter, held_out_file, tmp_path / "out", champion=champion)
+    assert found.champion is not None
+    assert found.champion.champion_loss == pytest.approx(plain_loss(random_base, other, held_out_file), abs=1e-6)
+    assert found.champion.delta_vs_champion == pytest.approx(found.eval_loss - found.champion.champion_loss)
+    low, high = found.champion.delta_ci95
+    assert low <= found.champion.delta_vs_champion <= high
+    page = (found.path / "report.html").read_text(encoding="utf-8")
+    assert "Reigning champion v1" in page
 
 
 def test_a_champion_on_another_base_model_is_not_compared(
