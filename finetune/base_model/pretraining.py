@@ -146,6 +146,7 @@ def pretrain(recipe: Recipe, directory: Path, *, on_progress: Progress) -> dict[
 
     facts = make_facts(recipe.seed, recipe.services)
     conversations = make_conversations(facts, rounds=recipe.rounds, unheard=recipe.unheard, seed=recipe.seed)
+    on_progress(ProgressEvent("corpus", len(conversations), len(conversations), "conversations"))
     tokenizer = train_tokenizer(conversations, vocabulary=recipe.vocabulary, context=recipe.context)
     rng = random.Random(recipe.seed)  # noqa: S311 - must repeat, need not be secret
     batches = _batches(conversations, tokenizer, recipe.batch, rng)
