@@ -214,6 +214,38 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
                 },
             )
 
+    def settle(
+        self,
+        *,
+        run_id: str,
+        adapter_path: Path | str,
+        metrics: Mapping[str, Any],
+        dagster_root_run_id: str | None = None,
+    ) -> list[int]:
+        """Mark COMPLETED what an earlier attempt could not: its adapter is there, its row does not say so.
+
+        That is every RUNNING row of the training `run_id`, and the FAILED ones of this chain of attempts:
+        a process may be killed, or the database away, between the adapter's publication and the row's end.
+
+        Returns:
+            The ids of the rows that were completed.
+        """
+        with self._transaction() as execute:
+            rows = execute(
+                "UPDATE lora_training_runs AS run SET status = 'COMPLETED', error_message = NULL, "
+                "finished_at = NOW(), adapter_path = :path, metrics = CAST(:metrics AS jsonb) "
+                "FROM lora_training_run_details AS detail WHERE detail.id = run.id "
+                "AND detail.training_run_id = :run_id AND (run.status = 'RUNNING' "
+                "OR run.status = 'FAILED' AND detail.dagster_root_run_id = :root) RETURNING run.id",
+                {
+                    "run_id": run_id,
+                    "root": dagster_root_run_id or "",
+                    "path": str(adapter_path),
+                    "metrics": _json(metrics),
+                },
+            )
+        return [int(row["id"]) for row in rows]
+
     def fail(self, row_id: int, error_message: str) -> None:
         """Mark a RUNNING row FAILED; a row that has ended already keeps its end."""
         with self._transaction() as execute:
@@ -389,8 +421,10 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
         where = "the embedded PostgreSQL"
         if self.database_url:
             url = make_url(self.database_url.replace("postgres://", "postgresql://", 1))
-            where = f"DATABASE_URL={url.render_as_string(hide_password=True)}"
-            for secret in filter(None, {url.password, *map(str, url.query.values())}):
+            where = f"DATABASE_URL={url.set(query={}).render_as_string(hide_password=True)}"
+            # libpq takes passwords as parameters too.
+            parameters = [str(value) for name, value in url.query.items() if "pass" in name]
+            for secret in filter(None, [url.password, *parameters]):
                 message = message.replace(secret, "***")
         if isinstance(error, OperationalError | InterfaceError):
             return RemoteError(

@@ -163,6 +163,21 @@ def test_another_dagster_run_gets_a_row_of_its_own(log: RunLog) -> None:
     assert log.start(**FACTS, dagster_run_id="d1") != log.start(**FACTS, dagster_run_id="d2")
 
 
+def test_a_row_whose_process_died_after_the_publication_is_completed_by_the_retry(log: RunLog) -> None:
+    killed = log.start(**FACTS, dagster_run_id="d1")
+    failed = log.start(**FACTS, dagster_run_id="d2")
+    log.fail(failed, "the run log's database does not answer")
+    others = log.start(**FACTS, dagster_run_id="d3")
+    log.fail(others, "no GPU")
+    settled = log.settle(run_id="r1", dagster_root_run_id="d2", adapter_path="/a", metrics={"final_loss": 1})
+    assert settled == [killed, failed]
+    by_id = {row.id: row for row in log.recent()}
+    assert by_id[failed].status == by_id[killed].status == "COMPLETED"
+    assert (by_id[failed].error_message, by_id[failed].adapter_path) == (None, "/a")
+    assert by_id[others].error_message == "no GPU"
+    assert log.settle(run_id="r1", dagster_root_run_id="d2", adapter_path="/a", metrics={}) == []
+
+
 def test_a_remote_run_is_called_so(log: RunLog) -> None:
     log.start(**{**FACTS, "backend": "h2o"})
     assert log.recent()[0].backend_label == "Remote Training (H2O)"
@@ -262,9 +277,16 @@ def test_the_embedded_server_is_started_again_under_an_open_log(data_root: Path)
     log.close()
 
 
-def test_a_server_that_does_not_answer_is_a_remote_error_without_the_password() -> None:
-    log = RunLog(database_url="postgres://user:geh%40im@127.0.0.1:1/runs", data_dir="/nowhere")
-    with pytest.raises(RemoteError, match=re.escape("DATABASE_URL=postgresql://user:***@127.0.0.1:1/runs")) as caught:
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgres://user:geh%40im@127.0.0.1:1/runs", "DATABASE_URL=postgresql://user:***@127.0.0.1:1/runs"),
+        ("postgresql://user@127.0.0.1:1/runs?password=geh", "DATABASE_URL=postgresql://user@127.0.0.1:1/runs]"),
+    ],
+)
+def test_a_server_that_does_not_answer_is_a_remote_error_without_the_password(url: str, shown: str) -> None:
+    log = RunLog(database_url=url, data_dir="/nowhere")
+    with pytest.raises(RemoteError, match=re.escape(shown)) as caught:
         log.recent()
     assert "geh" not in repr(log)
     error: BaseException | None = caught.value
