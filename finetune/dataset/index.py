@@ -19,7 +19,7 @@ import numpy.typing as npt
 from finetune.dataset.discovery import ExportFile
 from finetune.dataset.reading import Fingerprint, changed, opened
 from finetune.dataset.scan import RECORD, RULES_VERSION, Limits, RangeScan, RangeTask
-from finetune.dataset.workers import Scanner
+from finetune.dataset.workers import Scanner, scanning
 from finetune.errors import ArtifactError
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import publish_directory, read_manifest, sha256_json
@@ -69,10 +69,17 @@ def index_files(
     directory: Path,
     *,
     limits: Limits,
-    scanner: Scanner,
+    workers: int,
     on_progress: Progress,
 ) -> list[FileIndex]:
     """The files' indexes, in their order; only contents that have none in `directory` are validated.
+
+    Args:
+        files: exports and their contents.
+        directory: where indexes are kept.
+        limits: what lines may be.
+        workers: processes that validate, at most one a block; 1 means this one alone.
+        on_progress: is told of bytes validated.
 
     Raises:
         DatasetError: a file cannot be read.
@@ -86,7 +93,10 @@ def index_files(
             read_manifest(path, kind=_KIND)
         except ArtifactError:
             missing.setdefault(path, (file, fingerprint))
-    _validate(missing, limits, scanner, on_progress)
+    if missing:
+        blocks = sum(len(fingerprint.blocks) for _, fingerprint in missing.values())
+        with scanning(min(workers, blocks)) as scanner:
+            _validate(missing, limits, scanner, on_progress)
     return [_load(file, fingerprint, index_path(directory, fingerprint, limits)) for file, fingerprint in files]
 
 

@@ -7,6 +7,7 @@ the date and the parameters alone, not on how many processes worked on it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,7 @@ from finetune.dataset.models import Counts, PreparedDataset
 from finetune.dataset.reading import Fingerprint, fingerprint_file
 from finetune.dataset.scan import RULES_VERSION, Limits
 from finetune.dataset.selection import first_occurrences, held_out
-from finetune.dataset.workers import scanning
-from finetune.errors import DatasetError
+from finetune.errors import ArtifactError, DatasetError
 from finetune.layout import DataLayout
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest, sha256_json
@@ -102,15 +102,16 @@ def prepare_dataset(
     )[:_FINGERPRINT_DIGITS]
     target = layout.prepared(date, fingerprint)
     if is_complete(target):
-        return load_prepared(target).model_copy(update={"reused": True})
-    with scanning(workers) as scanner:
-        indexes = index_files(
-            inputs,
-            target.parent.parent / ".index",
-            limits=Limits(parameters.max_line_bytes, parameters.max_depth),
-            scanner=scanner,
-            on_progress=on_progress,
-        )
+        # One that was damaged since is made again.
+        with contextlib.suppress(ArtifactError):
+            return load_prepared(target).model_copy(update={"reused": True})
+    indexes = index_files(
+        inputs,
+        target.parent.parent / ".index",
+        limits=Limits(parameters.max_line_bytes, parameters.max_depth),
+        workers=workers,
+        on_progress=on_progress,
+    )
     return _publish(target, date, indexes, parameters, on_progress)
 
 
@@ -209,7 +210,9 @@ def _check(dataset: PreparedDataset, indexes: Sequence[FileIndex]) -> None:
         examples = "; ".join(itertools.islice(_examples(indexes), _EXAMPLES))
         raise DatasetError(
             f"none of the {counts.lines} lines is a record to train on ({counts.blank} blank; rejected: {reasons})"
-            + (f", for example {examples}" if examples else ""),
+            + (
+                f", for example {examples}; all of them in {indexes[0].path.parent}/*/rejects.jsonl" if examples else ""
+            ),
             where=indexes[0].file.path.parent,
             remedy="Correct the program that writes the exports; a record has instruction and output, prompt and "
             "completion, messages, conversations, or text",

@@ -201,6 +201,19 @@ def test_a_complete_dataset_is_found_and_not_made_again(prepare: Prepare, pairs:
     assert second.train_path.stat().st_mtime_ns == stamp
 
 
+def test_a_dataset_damaged_since_is_made_again(prepare: Prepare, pairs: Pairs) -> None:
+    files = {"brain_dataset_2026-06-01.jsonl": pairs(*range(20))}
+    first = prepare(files)
+    content = first.train_path.read_bytes()
+    first.train_path.write_bytes(content[:-1])
+
+    second = prepare(files)
+
+    assert second.path == first.path
+    assert not second.reused
+    assert second.train_path.read_bytes() == content
+
+
 def test_only_new_files_are_validated_again(prepare: Prepare, pairs: Pairs) -> None:
     files = {f"brain_dataset_2026-06-0{day}.jsonl": pairs(*range(day * 50, day * 50 + 50)) for day in (1, 2)}
     prepare(files)
@@ -259,6 +272,9 @@ def test_exports_with_only_bad_lines_name_the_reasons_and_where_they_are(prepare
     assert "bad_json 2, missing_field 1" in message
     assert "brain_dataset_2026-06-01.jsonl:2 bad_json" in message
     assert "brain_dataset_2026-06-01.jsonl:4 missing_field" in message
+    [rejects] = (layout.root / "prepared" / "brain" / ".index").glob("*/rejects.jsonl")
+    assert str(rejects.parent.parent) in message
+    assert [record["line"] for record in records(rejects)] == [2, 3, 4]
     assert not (layout.root / "prepared" / "brain" / "2026-06-01").exists() or not any(
         (layout.root / "prepared" / "brain" / "2026-06-01").iterdir()
     )
