@@ -17,7 +17,7 @@ import pytest
 
 from finetune.base_model.models import BaseModelRef
 from finetune.dataset.models import Counts, PreparedDataset
-from finetune.errors import ConfigurationError, FinetuneError, RemoteError, TrainingError
+from finetune.errors import ConfigurationError, FinetuneError, RemoteError, StorageFullError, TrainingError
 from finetune.planning.models import MemoryEstimate, TrainingPlan, TrialConfig
 from finetune.progress import ProgressEvent
 from finetune.publishing import is_complete, read_manifest
@@ -417,6 +417,17 @@ def test_an_archive_over_the_limit_is_refused_before_it_fills_the_disk(
     assert not list(request_.work_dir.glob("adapter.zip*"))
 
 
+def test_a_full_disk_is_named_and_the_next_run_goes_on(server: H2OServer, request_: TrainingRequest) -> None:
+    part = request_.work_dir / "adapter.zip.part"
+    part.parent.mkdir()
+    part.symlink_to("/dev/full")
+    with pytest.raises(StorageFullError, match=r"adapter\.zip"):
+        train(trainer_for(server), request_)
+    assert not request_.adapter_dir.exists()
+    part.unlink()
+    assert train(trainer_for(server), request_).external_run_id == "exp/1"
+
+
 def hostile(change: Callable[[zipfile.ZipFile], None], files: dict[str, bytes] | None = None) -> bytes:
     buffer = BytesIO(archive(files or adapter_files()))
     with zipfile.ZipFile(buffer, "a") as zipped:
@@ -573,6 +584,36 @@ assert not libraries, libraries
 def start_client(server: H2OServer, root: Path) -> subprocess.Popen[bytes]:
     repository = Path(__file__).parents[2]
     return subprocess.Popen([sys.executable, "-c", CLIENT, server.url, str(root)], cwd=repository)
+
+
+def test_peft_loads_what_arrived_and_computes_the_same(
+    server: H2OServer, request_: TrainingRequest, tmp_path: Path
+) -> None:
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def base_model() -> LlamaForCausalLM:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes)).eval()
+
+    trained = get_peft_model(
+        base_model(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    ).eval()
+    trained.save_pretrained(str(tmp_path / "trained"))
+    server.archive = archive(
+        {f"adapter_model/{file.name}": file.read_bytes() for file in (tmp_path / "trained").iterdir()}
+    )
+    result = train(trainer_for(server), request_)
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        plain = base_model()(tokens).logits
+        expected = trained(tokens).logits
+        arrived = PeftModel.from_pretrained(base_model(), str(request_.adapter_dir)).eval()(tokens).logits
+    assert torch.equal(arrived, expected)
+    assert not torch.allclose(arrived, plain)
+    assert result.adapter_hash == adapter_hash(tmp_path / "trained")
 
 
 def test_no_training_library_is_loaded(server: H2OServer, tmp_path: Path) -> None:
