@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from pydantic import ValidationError
 
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
-from finetune.dataset.records import record_format, source_of
 from finetune.errors import ArtifactError
-from finetune.evaluation.adapters import attached, check_adapter, load_base
-from finetune.evaluation.figures import answer_figures, groups, length_bucket, perplexity, worst
-from finetune.evaluation.generation import greedy_answers
-from finetune.evaluation.heldout import HeldOut, Question, read_heldout, sample_questions
-from finetune.evaluation.models import Answer, ChampionComparison, ChampionRef, EvalReport
+from finetune.evaluation.adapters import check_adapter
+from finetune.evaluation.figures import answer_figures, change_ci95, group_figures, loss_figures
+from finetune.evaluation.heldout import read_heldout, sample_questions
+from finetune.evaluation.measure import Measured, measure
+from finetune.evaluation.models import ChampionComparison, ChampionRef, EvalReport
 from finetune.evaluation.plots import change_by_record_png, loss_histogram_png
-from finetune.evaluation.regressions import Regression, failures, fingerprint, read_regressions
+from finetune.evaluation.regressions import fingerprint, read_regressions
 from finetune.evaluation.report import render_report
-from finetune.evaluation.scoring import Scores, score
-from finetune.evaluation.statistics import bootstrap_ci95
-from finetune.progress import Progress, ProgressEvent, ignore_progress
+from finetune.progress import Progress, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest, sha256_file, sha256_json
 from finetune.registry.hashing import adapter_hash
 
 _KIND = "evaluation"
 # Part of what decides whether a report can be used again: raise it when figures change their meaning.
 _METHOD = 1
-_RESAMPLES = 2000
-_SOURCES = 20
-_LONGEST_ANSWER = 128
 
 
 def evaluate_adapter(
@@ -104,147 +96,60 @@ def evaluate_adapter(
     encoder = RecordEncoder.load(base_model.path)
     held_out = read_heldout(dataset, encoder, max_length=max_length)
     questions = sample_questions(held_out.records, encoder, count=sample_answers, max_length=max_length, seed=seed)
-    model = load_base(base_model)
-    measure = _Measure(
+    measured = measure(
+        base_model,
+        adapter_path,
+        champion=champion,
+        encoder=encoder,
         held_out=held_out,
         questions=questions,
-        encoder=encoder,
-        vocabulary=model.config.get_text_config().vocab_size,
+        cases=cases,
         on_progress=on_progress,
-        rounds=2 if champion is None else 3,
     )
-    base_scores, base_answers = measure.scores(model, "the base model", base_model.path), measure.answers(model)
-    with attached(model, adapter_path) as adapted:
-        scores, answers = measure.scores(adapted, "the adapter", adapter_path), measure.answers(adapted)
-        failed = failures(cases, _regression_answers(adapted, encoder, cases))
-
-    def interval(other: Scores) -> tuple[float, float]:
-        return bootstrap_ci95(scores.nats - other.nats, scores.tokens, resamples=_RESAMPLES, seed=seed)
-
-    comparison = None
-    if champion is not None:
-        with attached(model, champion.adapter_path) as reigning:
-            rival = measure.scores(reigning, f"the champion {champion.version}", champion.adapter_path)
-        comparison = ChampionComparison(
-            version=champion.version,
-            adapter_hash=champion.adapter_hash,
-            champion_loss=rival.loss,
-            delta_vs_champion=scores.loss - rival.loss,
-            delta_ci95=interval(rival),
-        )
-
     report = EvalReport(
         path=output_dir,
         run_id=run_id,
-        eval_loss=scores.loss,
-        eval_perplexity=perplexity(scores.loss),
-        base_loss=base_scores.loss,
-        base_perplexity=perplexity(base_scores.loss),
-        delta_vs_base_loss=scores.loss - base_scores.loss,
-        delta_ci95=interval(base_scores),
-        token_accuracy=scores.accuracy,
-        base_token_accuracy=base_scores.accuracy,
-        **answer_figures(questions, base_answers, answers),
         records=len(held_out.records),
-        tokens=int(scores.tokens.sum()),
-        seconds=time.monotonic() - started,
-        answers=[
-            Answer(prompt=question.prompt, reference=question.reference, base=base, adapter=ours)
-            for question, base, ours in zip(questions, base_answers, answers, strict=True)
-        ],
+        truncated=held_out.truncated,
+        skipped=held_out.skipped,
         base_fingerprint=base_model.fingerprint,
         adapter_hash=hash_of_adapter,
         dataset_sha256=str(inputs["dataset_sha256"]),
-        champion=comparison,
-        by_format=groups([record_format(record) for record in held_out.records], base_scores, scores),
-        by_source=groups([source_of(record) or "(none)" for record in held_out.records], base_scores, scores)[
-            :_SOURCES
-        ],
-        by_length=sorted(
-            groups([length_bucket(len(record.input_ids)) for record in held_out.encoded], base_scores, scores),
-            key=lambda group: int(group.name.split("–")[0]),
-        ),
-        worst=worst(held_out, base_scores, scores),
+        champion=_comparison(champion, measured, seed),
+        **loss_figures(measured.base, measured.adapter, seed=seed),
+        **answer_figures(questions, measured.base_answers, measured.answers),
+        **group_figures(held_out, measured.base, measured.adapter),
         regressions=len(cases),
-        failed_regressions=failed,
-        truncated=held_out.truncated,
-        skipped=held_out.skipped,
+        failed_regressions=measured.failed_regressions,
+        seconds=time.monotonic() - started,
     )
-    base_means, means = base_scores.nats / base_scores.tokens, scores.nats / scores.tokens
-    plots = {
-        "losses.png": loss_histogram_png(base_means, means),
-        "change.png": change_by_record_png(base_means, means),
-    }
     with publish_directory(output_dir, kind=_KIND) as staging:
         staging.inputs, staging.parameters = inputs, parameters
         staging.results = {name: getattr(report, name) for name in ("eval_loss", "base_loss", "delta_vs_base_loss")}
-        for name, picture in plots.items():
-            (staging.path / name).write_bytes(picture)
-        (staging.path / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        page = render_report(report, base_model=base_model, dataset=dataset, plots=plots)
-        (staging.path / "report.html").write_text(page, encoding="utf-8")
+        _write(staging.path, report, measured, base_model, dataset)
     return report
 
 
-class _Measure:
-    """The same records and questions, put to one model after another."""
-
-    def __init__(
-        self,
-        *,
-        held_out: HeldOut,
-        questions: Sequence[Question],
-        encoder: RecordEncoder,
-        vocabulary: int,
-        on_progress: Progress,
-        rounds: int,
-    ) -> None:
-        self._held_out = held_out
-        self._questions = questions
-        self._encoder = encoder
-        self._vocabulary = vocabulary
-        self._on_progress = on_progress
-        self._total = rounds * len(held_out.records)
-        self._done = 0
-
-    def scores(self, model: Any, name: str, where: Path) -> Scores:
-        scores = score(
-            model,
-            self._held_out.encoded,
-            vocabulary=self._vocabulary,
-            pad_token_id=self._encoder.pad_token_id,
-            after_batch=self._after_batch,
-        )
-        if not np.isfinite(scores.nats).all():
-            broken = self._held_out.lines[int(np.flatnonzero(~np.isfinite(scores.nats))[0])]
-            raise ArtifactError(
-                f"{name} gives losses that are no numbers, first on line {broken} of the held-out records",
-                where=where,
-                remedy="Its weights hold NaN or infinity: train again with a lower learning rate",
-            )
-        return scores
-
-    def answers(self, model: Any) -> list[str]:
-        if not self._questions:
-            return []
-        longest = max(question.reference_tokens for question in self._questions)
-        return greedy_answers(
-            model,
-            self._encoder,
-            [question.prompt_ids for question in self._questions],
-            max_new_tokens=min(longest + 8, _LONGEST_ANSWER),
-        )
-
-    def _after_batch(self, records: int) -> None:
-        self._done += records
-        self._on_progress(ProgressEvent("evaluate", self._done, self._total, "records"))
+def _comparison(champion: ChampionRef | None, measured: Measured, seed: int) -> ChampionComparison | None:
+    if champion is None or measured.champion is None:
+        return None
+    return ChampionComparison(
+        version=champion.version,
+        adapter_hash=champion.adapter_hash,
+        champion_loss=measured.champion.loss,
+        delta_vs_champion=measured.adapter.loss - measured.champion.loss,
+        delta_ci95=change_ci95(measured.champion, measured.adapter, seed=seed),
+    )
 
 
-def _regression_answers(model: Any, encoder: RecordEncoder, cases: Sequence[Regression]) -> list[str]:
-    if not cases:
-        return []
-    prompts = [encoder.encode_prompt(case.conversation) for case in cases]
-    return greedy_answers(model, encoder, prompts, max_new_tokens=max(case.max_new_tokens for case in cases))
+def _write(directory: Path, report: EvalReport, measured: Measured, base_model: BaseModelRef, dataset: Path) -> None:
+    base, adapter = measured.base.means, measured.adapter.means
+    plots = {"losses.png": loss_histogram_png(base, adapter), "change.png": change_by_record_png(base, adapter)}
+    for name, picture in plots.items():
+        (directory / name).write_bytes(picture)
+    (directory / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    page = render_report(report, base_model=base_model, dataset=dataset, plots=plots)
+    (directory / "report.html").write_text(page, encoding="utf-8")
 
 
 def _published(output_dir: Path, inputs: dict[str, Any], parameters: dict[str, Any]) -> EvalReport | None:

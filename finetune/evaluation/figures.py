@@ -8,28 +8,48 @@ from typing import Any
 
 import numpy as np
 
-from finetune.dataset.records import as_messages, prompt_text
+from finetune.dataset.records import as_messages, prompt_text, record_format, source_of
 from finetune.evaluation.heldout import HeldOut, Question
-from finetune.evaluation.models import Group, Worsened
+from finetune.evaluation.models import Answer, Group, Worsened
 from finetune.evaluation.scoring import Scores
-from finetune.evaluation.statistics import chrf, exact_match
+from finetune.evaluation.statistics import bootstrap_ci95, chrf, exact_match
 
+_RESAMPLES = 2000
+_SOURCES = 20
 _WORST = 10
 # Characters up to which an answer can be expected to be word for word.
 _SHORT_REFERENCE = 200
 
 
-def perplexity(loss: float) -> float:
-    """``exp(loss)``."""
-    # math.exp overflows above 709, where perplexity says nothing any more.
-    return math.exp(min(loss, 700.0))
+def loss_figures(base: Scores, ours: Scores, *, seed: int) -> dict[str, Any]:
+    """Losses, perplexities and accuracies of both, and the change with its confidence interval."""
+    return {
+        "eval_loss": ours.loss,
+        "eval_perplexity": _perplexity(ours.loss),
+        "base_loss": base.loss,
+        "base_perplexity": _perplexity(base.loss),
+        "delta_vs_base_loss": ours.loss - base.loss,
+        "delta_ci95": change_ci95(base, ours, seed=seed),
+        "token_accuracy": ours.accuracy,
+        "base_token_accuracy": base.accuracy,
+        "tokens": int(ours.tokens.sum()),
+    }
 
 
-def answer_figures(questions: Sequence[Question], base: Sequence[str], ours: Sequence[str]) -> dict[str, float | None]:
-    """Exact match and chrF of both models over the questions whose reference is short; None where there is none."""
+def change_ci95(before: Scores, after: Scores, *, seed: int) -> tuple[float, float]:
+    """95 % confidence interval of the change in loss, by the bootstrap over records."""
+    return bootstrap_ci95(after.nats - before.nats, after.tokens, resamples=_RESAMPLES, seed=seed)
+
+
+def answer_figures(questions: Sequence[Question], base: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:
+    """Answers side by side; exact match and chrF over those whose reference is short, None where there is none."""
+    answers = [
+        Answer(prompt=question.prompt, reference=question.reference, base=theirs, adapter=answer)
+        for question, theirs, answer in zip(questions, base, ours, strict=True)
+    ]
     short = [index for index, question in enumerate(questions) if len(question.reference) <= _SHORT_REFERENCE]
     if not short:
-        return dict.fromkeys(("exact_match", "base_exact_match", "chrf", "base_chrf"))
+        return {"answers": answers} | dict.fromkeys(("exact_match", "base_exact_match", "chrf", "base_chrf"))
     references = [questions[index].reference for index in short]
 
     def both(figure: Callable[[Sequence[str], Sequence[str]], float], name: str) -> dict[str, float | None]:
@@ -38,10 +58,23 @@ def answer_figures(questions: Sequence[Question], base: Sequence[str], ours: Seq
             f"base_{name}": figure([base[index] for index in short], references),
         }
 
-    return both(exact_match, "exact_match") | both(chrf, "chrf")
+    return {"answers": answers} | both(exact_match, "exact_match") | both(chrf, "chrf")
 
 
-def groups(names: Sequence[str], base: Scores, ours: Scores) -> list[Group]:
+def group_figures(held_out: HeldOut, base: Scores, ours: Scores) -> dict[str, Any]:
+    """Losses by format, by source and by length, and the records that got worse most."""
+    formats = [record_format(record) for record in held_out.records]
+    sources = [source_of(record) or "(none)" for record in held_out.records]
+    lengths = [_length_bucket(len(record.input_ids)) for record in held_out.encoded]
+    return {
+        "by_format": _groups(formats, base, ours),
+        "by_source": _groups(sources, base, ours)[:_SOURCES],
+        "by_length": sorted(_groups(lengths, base, ours), key=lambda group: int(group.name.split("–")[0])),
+        "worst": _worst(held_out, base, ours),
+    }
+
+
+def _groups(names: Sequence[str], base: Scores, ours: Scores) -> list[Group]:
     """Losses of the records that share a name, the largest group first.
 
     Args:
@@ -65,13 +98,13 @@ def groups(names: Sequence[str], base: Scores, ours: Scores) -> list[Group]:
     ]
 
 
-def length_bucket(length: int) -> str:
+def _length_bucket(length: int) -> str:
     """The range between two powers of two that `length` lies in: 1–32, 33–64, 65–128, ..."""
     upper = max(32, 1 << (length - 1).bit_length())
     return f"{1 if upper == 32 else upper // 2 + 1}–{upper}"
 
 
-def worst(held_out: HeldOut, base: Scores, ours: Scores) -> list[Worsened]:
+def _worst(held_out: HeldOut, base: Scores, ours: Scores) -> list[Worsened]:
     """The records whose mean loss rose most, the worst first."""
     change = (ours.nats - base.nats) / ours.tokens
     return [
@@ -90,3 +123,8 @@ def worst(held_out: HeldOut, base: Scores, ours: Scores) -> list[Worsened]:
 def _last_turn(record: Mapping[str, Any]) -> str:
     turns = as_messages(record)
     return "" if turns is None else turns[-1]["content"]
+
+
+def _perplexity(loss: float) -> float:
+    # math.exp overflows above 709, where perplexity says nothing any more.
+    return math.exp(min(loss, 700.0))

@@ -33,6 +33,11 @@ class Scores:
         return float(self.nats.sum() / self.tokens.sum())
 
     @property
+    def means(self) -> NDArray[np.float64]:
+        """Mean of each record, in nats per token."""
+        return self.nats / self.tokens
+
+    @property
     def accuracy(self) -> float:
         """Share of tokens that greedy decoding would have chosen."""
         return float(self.correct.sum() / self.tokens.sum())
