@@ -15,7 +15,7 @@ from lora_assets.settings import load_settings
 SETTINGS = load_settings()
 PREFIX = SETTINGS.pipeline_name
 OWNERS = ["team:ml-platform"]
-SECONDS_BETWEEN_REPORTS = 2.0
+SECONDS_BETWEEN_REPORTS = 5.0
 
 
 class AssetArguments(TypedDict):
@@ -40,7 +40,7 @@ def made_from(*names: str) -> dict[str, dg.AssetIn]:
 
 
 def log_progress(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Progress:
-    """A listener that writes to the run's log: first and last report of a stage, else one every 2 seconds."""
+    """A listener that writes to the run's log: first and last report of a stage, else one every 5 seconds."""
     last: dict[str, float] = {}
 
     def report(event: ProgressEvent) -> None:

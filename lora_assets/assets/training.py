@@ -159,6 +159,8 @@ def adapter(
             "adapter_path": path(request.adapter_dir),
             "adapter_hash": result.adapter_hash or "",
             "backend": result.backend,
+            "training": trainer.label,
+            "external_run_id": result.external_run_id or "",
             "training_steps": result.training_steps,
             "final_loss": result.final_loss or 0.0,
             "gpu_hours": result.gpu_hours,
@@ -193,7 +195,15 @@ def _train(
         dagster_run_id=context.run.run_id,
         dagster_root_run_id=context.run.get_root_run_id(),
     ) as row:
-        result = trainer.train(request, on_progress=report, on_external_run=row.external_run)
+        # What a person reads in the UI's list of runs.
+        context.instance.add_run_tags(context.run.run_id, {"training": trainer.label})
+
+        def external_run(external_run_id: str, url: str) -> None:
+            row.external_run(external_run_id, url)
+            context.instance.add_run_tags(context.run.run_id, {"external_run_id": external_run_id})
+            context.log.info(f"{trainer.label}: {url}")
+
+        result = trainer.train(request, on_progress=report, on_external_run=external_run)
         metrics = result.model_dump(mode="json", include=LOGGED)
         row.complete(result.adapter_path, {name: value for name, value in metrics.items() if value is not None})
     return result

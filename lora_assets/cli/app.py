@@ -19,6 +19,7 @@ app.command(epilog="Example: lora-assets config --json")(show.config)
 app.command(epilog="Example: lora-assets runs --limit 5 --json")(show.runs)
 app.add_typer(tools.dataset_app, name="dataset")
 app.command(epilog="Example: lora-assets plan --base-model llama3-8b --vram-limit-gb 24")(tools.plan)
+app.command(epilog="Example: lora-assets train --base-model llama3-8b --dataset train.jsonl --output a")(tools.train)
 app.command(epilog="Example: lora-assets evaluate --adapter A --dataset eval.jsonl --output report")(tools.evaluate)
 app.command(epilog="Example: lora-assets merge --base-model llama3-8b --adapter A --output merged")(tools.merge)
 

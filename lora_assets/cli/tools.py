@@ -21,6 +21,9 @@ BaseModelOption = Annotated[
     str | None, typer.Option("--base-model", help="Directory, hub name or short name; default: BASE_MODEL_NAME.")
 ]
 AdapterOption = Annotated[Path, typer.Option("--adapter", help="Adapter directory in PEFT's layout.")]
+AttentionOption = Annotated[
+    Literal["sdpa", "eager", "flash_attention_2"] | None, typer.Option(help="Attention implementation.")
+]
 OutputOption = Annotated[Path, typer.Option("--output", help="Directory that is made, whole or not at all.")]
 
 dataset_app = typer.Typer(help="Prepare and profile datasets.", no_args_is_help=True)
@@ -90,6 +93,7 @@ def plan(
     rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
     max_length: Annotated[int | None, typer.Option(min=8, help="Tokens per record.")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Records per forward pass.")] = None,
+    attention: AttentionOption = None,
     as_json: Json = False,
 ) -> None:
     """Plan a training: configuration, search space and memory, each choice with its reason."""
@@ -103,10 +107,60 @@ def plan(
         profile,
         task=task,
         method=method,
-        overrides=PlanOverrides(lora_rank=rank, max_length=max_length, micro_batch=micro_batch),
+        overrides=PlanOverrides(lora_rank=rank, max_length=max_length, micro_batch=micro_batch, attention=attention),
         vram_limit_gb=vram_limit_gb or settings.vram_limit_gb,
         device=settings.device,
     )
+    show(result, as_json)
+
+
+@plain_errors
+def train(
+    dataset: Annotated[Path, typer.Option("--dataset", help="Records to train on, as JSONL.")],
+    output: OutputOption,
+    base_model: BaseModelOption = None,
+    plan: Annotated[Path | None, typer.Option(help="JSON of `plan --json`; without it, one is made.")] = None,
+    method: Annotated[Method, typer.Option(help="How to train, where a plan is made.")] = "lora",
+    attention: AttentionOption = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything up to loading the model.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train an adapter on a file of records; killed and run again, it goes on from its last checkpoint."""
+    from finetune.chat.encode import RecordEncoder
+    from finetune.dataset.profile import analyze as analyze_path
+    from finetune.planning.models import TrainingPlan
+    from finetune.planning.overrides import PlanOverrides
+    from finetune.planning.plan import make_plan
+    from finetune.training.request import request_for_file
+    from finetune.training.sft import dry_run as try_out
+    from finetune.training.sft import train_adapter
+
+    settings = load_settings()
+    base = find_base(base_model)
+    if plan is not None:
+        chosen = TrainingPlan.model_validate_json(plan.read_bytes())
+    else:
+        overrides = PlanOverrides(
+            lora_rank=settings.lora_rank,
+            epochs=settings.train_epochs,
+            learning_rate=settings.learning_rate,
+            max_length=settings.max_length,
+            micro_batch=settings.micro_batch,
+            accumulation=settings.accumulation,
+            attention=attention,
+            seed=settings.seed,
+        )
+        chosen = make_plan(
+            base.path,
+            analyze_path(dataset, format="jsonl", encoder=RecordEncoder.load(base.path)),
+            task=settings.training_task,
+            method=method,
+            overrides=overrides,
+            vram_limit_gb=settings.vram_limit_gb,
+            device=settings.device,
+        )
+    request = request_for_file(dataset, plan=chosen, base_model=base, output=output.absolute())
+    result = try_out(request) if dry_run else train_adapter(request, on_progress=progress(as_json))
     show(result, as_json)
 
 

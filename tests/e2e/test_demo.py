@@ -60,7 +60,7 @@ def test_every_artifact_is_published_whole(demo: Loop) -> None:
     ]
     for path in paths:
         read_manifest(path, verify="hashes")
-    assert [path for path in demo.root.rglob(f"*{TEMPORARY_MARK}*")] == []
+    assert list(demo.root.rglob(f"*{TEMPORARY_MARK}*")) == []
 
 
 def test_the_adapter_loads_with_plain_peft(demo: Loop, tiny_model: object) -> None:
