@@ -23,7 +23,7 @@ from finetune.dataset.discovery import ExportFile, window_of
 from finetune.dataset.index import FileIndex, index_files
 from finetune.dataset.models import Counts, PreparedDataset
 from finetune.dataset.reading import Fingerprint, fingerprint_file
-from finetune.dataset.scan import RULES_VERSION, Limits
+from finetune.dataset.scan import DEFAULT_LIMITS, RULES_VERSION, Limits
 from finetune.dataset.selection import first_occurrences, held_out
 from finetune.errors import ArtifactError, DatasetError
 from finetune.layout import DataLayout
@@ -50,10 +50,16 @@ class PrepareParameters(BaseModel):
     eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="Share of prompts held out for evaluation")
     salt: str = Field(default="", description="Another salt gives another split")
     max_line_bytes: int = Field(
-        default=1 << 20, ge=2, lt=1 << 31, description="Longer lines are rejected; bytes without the line feed"
+        default=DEFAULT_LIMITS.max_line_bytes,
+        ge=2,
+        lt=1 << 31,
+        description="Longer lines are rejected; bytes without the line feed",
     )
     max_depth: int = Field(
-        default=64, ge=2, le=256, description="Lines that nest objects and arrays deeper are rejected"
+        default=DEFAULT_LIMITS.max_depth,
+        ge=2,
+        le=256,
+        description="Lines that nest objects and arrays deeper are rejected",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -16,10 +17,10 @@ from xxhash import xxh3_128_digest
 
 from finetune.dataset.models import DatasetProfile, LongestRecord, PreparedDataset, Truncation
 from finetune.dataset.rules import RejectedError, checked_turns, find_format
-from finetune.dataset.scan import content_key
+from finetune.dataset.scan import Limits, content_key
 from finetune.dataset.scripts import SCRIPTS, count_letters
 from finetune.dataset.sources import Row, SourceFormat, find_sources, read_rows
-from finetune.errors import DatasetError
+from finetune.errors import ArtifactError, DatasetError
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 PERCENTILES = (50, 90, 95, 99)
+# Preparation has seen to the limits.
+_NO_LIMITS = Limits(max_line_bytes=sys.maxsize, max_depth=1024)
 _BATCH = 1024
 _BINS = 40
 _LONGEST = 10
@@ -49,10 +52,17 @@ def profile_dataset(
 
     Raises:
         DatasetError: the chat template refuses a record.
+        ArtifactError: the files do not hold what the manifest says.
     """
     tally = _Tally(encoder)
-    rows = itertools.chain(read_rows(dataset.train_path, "jsonl"), read_rows(dataset.eval_path, "jsonl"))
+    rows = (row for path in (dataset.train_path, dataset.eval_path) for row in read_rows(path, "jsonl", _NO_LIMITS))
     tally.add_all(rows, dataset.counts.kept, on_progress)
+    if tally.records != dataset.counts.kept:
+        raise ArtifactError(
+            f"{tally.records} records where the manifest counts {dataset.counts.kept}",
+            where=dataset.path,
+            remedy="Delete the directory and prepare the dataset again",
+        )
     return tally.profile(
         format_detected="jsonl",
         tokenizer=tokenizer,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
+from finetune.dataset.scan import DEFAULT_LIMITS, Limits, loads
 from finetune.errors import DatasetError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ _ROWS = 1 << 14
 
 @dataclass(frozen=True)
 class Row:
-    """One line or row: where it stands, and its value, or None if the line is no JSON."""
+    """One line or row: where it stands, and its value, or None if the line cannot be trained on."""
 
     file: str
     number: int
@@ -57,15 +58,15 @@ def find_sources(path: Path, form: SourceFormat = "auto") -> list[tuple[Path, So
     return [(path, form if form != "auto" else _detect(path))]
 
 
-def read_rows(file: Path, form: SourceFormat) -> Iterator[Row]:
-    """Lines or rows of one file in order.
+def read_rows(file: Path, form: SourceFormat, limits: Limits = DEFAULT_LIMITS) -> Iterator[Row]:
+    """Lines or rows of one file in order; `limits` hold for lines.
 
     Raises:
         DatasetError: the file cannot be read as this format.
     """
     try:
         if form == "jsonl":
-            yield from _json_lines(file)
+            yield from _json_lines(file, limits)
         else:
             yield from _table_rows(file, form)
     except OSError as error:
@@ -101,15 +102,15 @@ def _arrow_files(directory: Path) -> list[Path]:
     return files
 
 
-def _json_lines(file: Path) -> Iterator[Row]:
+def _json_lines(file: Path, limits: Limits) -> Iterator[Row]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
-            text = line.removeprefix(b"\xef\xbb\xbf")
+            text = line.removesuffix(b"\n").removeprefix(b"\xef\xbb\xbf")
             if text.isspace() or not text:
                 continue
             try:
-                value = orjson.loads(text)
-            except orjson.JSONDecodeError:
+                value = loads(text, limits)
+            except ValueError:
                 value = None
             yield Row(file.name, number, value)
 

@@ -13,7 +13,7 @@ from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.dataset.plots import token_histogram_png
 from finetune.dataset.profile import MAX_LENGTHS, analyze, profile_dataset
 from finetune.dataset.scripts import count_letters
-from finetune.errors import DatasetError
+from finetune.errors import ArtifactError, DatasetError
 
 Prepare = Callable[..., PreparedDataset]
 
@@ -113,6 +113,36 @@ def test_a_prepared_dataset_is_profiled_with_what_is_known_of_its_files(
     assert profile.record_formats == {"instruction": 60, "text": 1, "messages": 1}
     assert set(profile.columns) == {"id", "instruction", "output", "text", "messages"}
     assert profile.format_detected == "jsonl"
+
+
+def test_lines_are_rejected_as_preparation_rejects_them(tmp_path: Path, prepare: Prepare) -> None:
+    lines = [json.dumps(record) for record in RECORDS[:20]]
+    lines += [
+        "",
+        "broken",
+        '{"text":"\\u0000"}',
+        '{"text":"\\ud800"}',
+        '{"text":"a","x":' + "[" * 80 + "]" * 80 + "}",
+        "7",
+    ]
+    content = "\n".join([*lines, json.dumps({"text": "x" * 2**20})]).encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+
+    assert analyze(tmp_path / "a.jsonl").rejected == 6
+    dataset = prepare({"brain_dataset_2026-06-01.jsonl": content})
+    assert dataset.counts.rejected == 6
+    # What longer lines were allowed to bring is profiled too.
+    longer = prepare({"brain_dataset_2026-06-01.jsonl": content}, parameters={"max_line_bytes": 2**21})
+    assert profile_dataset(longer).total_samples == 21
+
+
+def test_a_file_that_lost_records_is_noticed(prepare: Prepare) -> None:
+    content = "\n".join(json.dumps(record) for record in RECORDS[:20]).encode()
+    dataset = prepare({"brain_dataset_2026-06-01.jsonl": content})
+    dataset.train_path.write_bytes(b"")
+
+    with pytest.raises(ArtifactError, match="records where the manifest counts 20"):
+        profile_dataset(dataset)
 
 
 def test_without_a_tokenizer_nothing_is_said_of_tokens(tmp_path: Path) -> None:
