@@ -106,8 +106,9 @@ def _one_answer(
         _write_tag(part, response)
         done = start
         with part.open("r+b" if start else "wb") as file:
-            file.seek(start)
-            file.truncate()
+            if start:
+                file.seek(start)
+                file.truncate()
             # Pieces as they come: one that waits to be filled up is lost when the line breaks.
             for piece in response.iter_raw():
                 file.write(piece)

@@ -384,7 +384,7 @@ def test_nothing_is_continued_where_nothing_would_show_a_change(server: H2OServe
 def test_an_archive_that_changed_in_between_is_fetched_anew(server: H2OServer, request_: TrainingRequest) -> None:
     def changes(handler: h2o_server.Handler) -> bool:
         server.etag = '"v2"'
-        server.archive = archive({**adapter_files(), "adapter_model/README.md": b"newer"})
+        server.archive = archive({"adapter_model/README.md": b"newer", **adapter_files()})
         return False
 
     server.tells_sha256 = False
