@@ -33,6 +33,21 @@ def build_base_model(settings: Settings) -> BaseModelSource:
     )
 
 
+def open_run_log(settings: Settings) -> RunLog:
+    """The run log outside of Dagster's own handling of resources; the caller closes it."""
+    url = settings.database_url.get_secret_value() if settings.database_url else ""
+    return RunLog(database_url=url, data_dir=str(settings.data_root))
+
+
+def close_rows(settings: Settings, dagster_run_id: str, reason: str) -> list[int]:
+    """Close the run log's rows of a Dagster run that is over."""
+    run_log = open_run_log(settings)
+    try:
+        return run_log.close_orphans(lambda owner: reason if owner == dagster_run_id else None)
+    finally:
+        run_log.close()
+
+
 def build_trainer(settings: Settings) -> LoraTrainer:
     """The trainer that TRAINING_BACKEND names."""
     if settings.training_backend == "h2o":
@@ -82,7 +97,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
                 pattern=settings.pattern,
                 interval_seconds=settings.sensor_interval_seconds,
             ),
-            build_run_log_sensor(),
+            build_run_log_sensor(lambda run_id, reason: close_rows(settings, run_id, reason)),
         ],
         resources={
             "io_manager": ValueStore(directory=str(layout.asset_values)),
@@ -92,7 +107,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             "run_log": RunLog(
                 database_url=secret("DATABASE_URL", settings.database_url) or "", data_dir=str(layout.root)
             ),
-            "ollama": OllamaServer(host=settings.ollama_host),
+            "ollama": OllamaServer(host=settings.ollama_host, timeout=600),
         },
         executor=build_executor(),
         loggers={"console": console},

@@ -10,7 +10,8 @@ import pytest
 
 from finetune.base_model.models import BaseModelRef
 
-# Two processes of PyTorch on two cores are faster with one thread each than with two.
+# Threads that wait by spinning starve each other on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests decide for themselves what is in the environment.

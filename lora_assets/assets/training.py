@@ -324,7 +324,7 @@ def registered_adapter(
             "dataset_fingerprint": merged_dataset.fingerprint,
             "plan": training_plan.trial_config.model_dump(),
             "base_model": base.name,
-            "base_model_fingerprint": base.fingerprint,
+            "base_model_fingerprint": eval_report.base_fingerprint,
             "recipe": SETTINGS.recipe,
         },
     )

@@ -37,12 +37,10 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """Show the run log: every training with its backend, status and main figures."""
+    from lora_assets.definitions import open_run_log
     from lora_assets.settings import load_settings
-    from resources.run_log import RunLog
 
-    settings = load_settings()
-    url = settings.database_url.get_secret_value() if settings.database_url else ""
-    log = RunLog(database_url=url, data_dir=str(settings.data_root))
+    log = open_run_log(load_settings())
     try:
         rows = log.recent(limit)
     finally:
