@@ -69,6 +69,15 @@ class RecordEncoder:
         pad = _token_id(model_dir, tokenizer, "pad_token")
         return cls(tokenizer, model_dir, eos_token_ids, eos_token_ids[0] if pad is None else pad)
 
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer, without truncation or padding."""
+        return self._tokenizer
+
+    def with_tokenizer(self, tokenizer: Any) -> RecordEncoder:
+        """The same encoder with another implementation of its tokenizer."""
+        return RecordEncoder(tokenizer, self._model_dir, self.eos_token_ids, self.pad_token_id)
+
     @cached_property
     def template(self) -> ChatTemplate:
         """The model's chat template.

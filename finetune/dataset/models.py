@@ -107,5 +107,7 @@ class DatasetProfile(BaseModel):
     total_tokens: int | None = None
     trained_token_share: float | None = None
     tokenizer: str | None = None
+    # Which implementation counted: tiktoken once it agreed with tokenizers on the sample, else tokenizers.
+    tokenized_by: str | None = None
     rejected: int = 0
     longest: list[LongestRecord] = []

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_128_digest
 
+from finetune.dataset.fast_tokens import FastTokenizer
 from finetune.dataset.models import DatasetProfile, LongestRecord, PreparedDataset, Truncation
 from finetune.dataset.rules import RejectedError, checked_turns, find_format
 from finetune.dataset.scan import Limits, content_key
@@ -24,7 +25,7 @@ from finetune.errors import ArtifactError, DatasetError
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 
 if TYPE_CHECKING:
-    from finetune.chat.encode import RecordEncoder
+    from finetune.chat.encode import EncodedRecord, RecordEncoder
 
 MAX_LENGTHS = (128, 256, 512, 1024, 2048, 4096, 8192)
 PERCENTILES = (50, 90, 95, 99)
@@ -40,6 +41,7 @@ def profile_dataset(
     *,
     encoder: RecordEncoder | None = None,
     tokenizer: str | None = None,
+    sample_size: int = 1000,
     on_progress: Progress = ignore_progress,
 ) -> DatasetProfile:
     """Profile all records of a prepared dataset, those held out included.
@@ -48,13 +50,15 @@ def profile_dataset(
         dataset: the prepared dataset.
         encoder: the base model's tokenizer and chat template; without it nothing is said of tokens.
         tokenizer: the encoder's name, for the record.
+        sample_size: on how many records the fast tokenizer must agree with the model's own before it is
+            trusted with the rest; no figure is ever taken from a sample.
         on_progress: is told of the records done.
 
     Raises:
         DatasetError: the chat template refuses a record.
         ArtifactError: the files do not hold what the manifest says.
     """
-    tally = _Tally(encoder)
+    tally = _Tally(encoder, sample_size)
     rows = (row for path in (dataset.train_path, dataset.eval_path) for row in read_rows(path, "jsonl", _NO_LIMITS))
     tally.add_all(rows, dataset.counts.kept, on_progress)
     if tally.records != dataset.counts.kept:
@@ -78,6 +82,7 @@ def analyze(
     format: SourceFormat = "auto",  # noqa: A002 - the contract's name
     encoder: RecordEncoder | None = None,
     tokenizer: str | None = None,
+    sample_size: int = 1000,
     on_progress: Progress = ignore_progress,
 ) -> DatasetProfile:
     """Profile any file or directory of records; rows that are no records are counted as rejected.
@@ -87,13 +92,15 @@ def analyze(
         format: what it is, or ``auto`` to tell by name and content.
         encoder: the base model's tokenizer and chat template; without it nothing is said of tokens.
         tokenizer: the encoder's name, for the record.
+        sample_size: on how many records the fast tokenizer must agree with the model's own before it is
+            trusted with the rest; no figure is ever taken from a sample.
         on_progress: is told of the records done.
 
     Raises:
         DatasetError: unreadable, of no known format, or without a single record.
     """
     sources = find_sources(path, format)
-    tally = _Tally(encoder)
+    tally = _Tally(encoder, sample_size)
     tally.add_all((row for file, form in sources for row in read_rows(file, form)), None, on_progress)
     if not tally.records:
         raise DatasetError(
@@ -114,8 +121,11 @@ def analyze(
 class _Tally:
     """Sums over records, one batch at a time; per record it keeps a length and a hash."""
 
-    def __init__(self, encoder: RecordEncoder | None) -> None:
+    def __init__(self, encoder: RecordEncoder | None, sample_size: int) -> None:
         self._encoder = encoder
+        fast = None if encoder is None else FastTokenizer.of(encoder.tokenizer)
+        self._fast = None if encoder is None or fast is None else encoder.with_tokenizer(fast)
+        self._to_compare = sample_size
         self._lengths = array("I")
         self._trained = 0
         self._letters = np.zeros(len(SCRIPTS), np.int64)
@@ -149,20 +159,30 @@ class _Tally:
             self._formats[find_format(row.value) or ""] += 1
             self.files[row.file] += 1
         self._letters += count_letters(texts)
-        if self._encoder is not None:
-            for (row, record), encoded in zip(
-                records, self._encoder.encode([record for _, record in records]), strict=True
-            ):
-                length = len(encoded.input_ids)
-                self._lengths.append(length)
-                self._trained += sum(encoded.trained_mask)
-                # Of equally long records the earlier one counts as longer.
-                entry = (length, -len(self._lengths), f"{row.file}:{row.number}", _id_of(record))
-                if len(self._longest) < _LONGEST:
-                    heapq.heappush(self._longest, entry)
-                else:
-                    heapq.heappushpop(self._longest, entry)
+        encoded = self._encode([record for _, record in records])
+        for (row, record), tokens in zip(records, encoded, strict=self._encoder is not None):
+            length = len(tokens.input_ids)
+            self._lengths.append(length)
+            self._trained += sum(tokens.trained_mask)
+            # Of equally long records the earlier one counts as longer.
+            entry = (length, -len(self._lengths), f"{row.file}:{row.number}", _id_of(record))
+            if len(self._longest) < _LONGEST:
+                heapq.heappush(self._longest, entry)
+            else:
+                heapq.heappushpop(self._longest, entry)
         self.records += len(records)
+
+    def _encode(self, records: list[dict[str, Any]]) -> list[EncodedRecord]:
+        if self._encoder is None:
+            return []
+        if self._fast is not None and self._to_compare <= 0:
+            return self._fast.encode(records)
+        encoded = self._encoder.encode(records)
+        if self._fast is not None:
+            self._to_compare -= len(records)
+            if self._fast.encode(records) != encoded:
+                self._fast = None
+        return encoded
 
     def duplicates(self) -> int:
         """Records whose content stood before."""
@@ -201,6 +221,7 @@ class _Tally:
             total_tokens=tokens if len(lengths) else None,
             trained_token_share=self._trained / tokens if tokens else None,
             tokenizer=tokenizer,
+            tokenized_by=None if self._encoder is None else "tiktoken" if self._fast else "tokenizers",
             rejected=rejected,
             longest=[
                 LongestRecord(where=where, id=id_, tokens=length)
