@@ -78,14 +78,13 @@ def make_plan(
     _refuse_contradictions(choices.values, method, device)
     trial, estimate = _fit(shape, choices, vram_limit_gb, device)
     trial = trial.model_copy(update={"trial_id": trial_id_of(trial)})
-    tokens = None if profile.total_tokens is None else round(profile.total_tokens * trial.epochs)
     return TrainingPlan(
         trial_config=trial,
         search_space=search_space(shape, trial),
         memory_estimate=estimate,
         explanations=choices.explanations,
         estimated_steps=_steps(profile.total_samples, trial),
-        estimated_tokens=tokens,
+        estimated_tokens=_tokens(profile, trial),
     )
 
 
@@ -297,3 +296,15 @@ def _steps(records: int, trial: TrialConfig) -> int:
         return trial.max_steps
     per_epoch = math.ceil(math.ceil(records / trial.micro_batch) / trial.accumulation)
     return max(1, math.ceil(per_epoch * trial.epochs))
+
+
+def _tokens(profile: DatasetProfile, trial: TrialConfig) -> int | None:
+    """Tokens that the training will see, without what is cut off."""
+    if profile.total_tokens is None:
+        return None
+    shares = {cut.max_length: cut.token_share for cut in profile.truncation}
+    kept = profile.total_tokens * (1 - shares.get(trial.max_length, 0.0))
+    epochs = trial.epochs
+    if trial.max_steps is not None:
+        epochs = trial.max_steps * trial.effective_batch / profile.total_samples
+    return round(kept * epochs)

@@ -161,3 +161,11 @@ def test_planning_needs_no_training_library() -> None:
         "assert not {'torch', 'transformers', 'peft', 'trl'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_tokens_are_those_that_truncation_leaves(llama_8b: Path) -> None:
+    plan = make_plan(llama_8b, profile_of(), overrides=PlanOverrides(epochs=2))
+    assert plan.estimated_tokens == round(200_000 * 0.98 * 2)
+    steps = make_plan(llama_8b, profile_of(), overrides=PlanOverrides(max_steps=10, micro_batch=4, accumulation=1))
+    assert steps.estimated_steps == 10
+    assert steps.estimated_tokens == round(200_000 * 0.98 * 40 / 1000)
