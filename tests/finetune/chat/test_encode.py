@@ -126,7 +126,8 @@ def test_no_second_beginning_is_written(make_model: MakeModel) -> None:
 
 def test_a_record_that_the_template_refuses_is_named_by_its_number(make_model: MakeModel) -> None:
     encoder = RecordEncoder.load(make_model(template_text("mistral")))
-    bad = {"messages": [{"role": "assistant", "content": "B"}, {"role": "user", "content": "A"}]}
+    turns = [("user", "A"), ("user", "A again"), ("assistant", "B")]
+    bad = {"messages": [{"role": role, "content": content} for role, content in turns]}
     with pytest.raises(DatasetError, match=r"record 2: .*roles must alternate"):
         encoder.encode([RECORDS[0], bad])
 
