@@ -184,8 +184,17 @@ def _train(
     report: Progress,
 ) -> TrainingResult:
     """Train under a row of the run log; an adapter that is there already is no training and gets no row."""
+    root_run_id = context.run.get_root_run_id()
     if is_complete(request.adapter_dir):
-        return trainer.train(request, on_progress=report, on_external_run=lambda run, url: None)
+        result = trainer.train(request, on_progress=report, on_external_run=lambda run, url: None)
+        # An attempt that was killed between publication and its last word left its row RUNNING.
+        run_log.settle(
+            run_id=request.run_id,
+            adapter_path=result.adapter_path,
+            metrics=_logged(result),
+            dagster_root_run_id=root_run_id,
+        )
+        return result
     with run_log.recording(
         run_id=request.run_id,
         dataset_paths=[SETTINGS.exports / name for name in request.dataset.records_by_file],
@@ -193,7 +202,7 @@ def _train(
         backend=trainer.backend,
         date=request.date,
         dagster_run_id=context.run.run_id,
-        dagster_root_run_id=context.run.get_root_run_id(),
+        dagster_root_run_id=root_run_id,
     ) as row:
         # What a person reads in the UI's list of runs.
         context.instance.add_run_tags(context.run.run_id, {"training": trainer.label})
@@ -204,9 +213,12 @@ def _train(
             context.log.info(f"{trainer.label}: {url}")
 
         result = trainer.train(request, on_progress=report, on_external_run=external_run)
-        metrics = result.model_dump(mode="json", include=LOGGED)
-        row.complete(result.adapter_path, {name: value for name, value in metrics.items() if value is not None})
+        row.complete(result.adapter_path, _logged(result))
     return result
+
+
+def _logged(result: TrainingResult) -> dict[str, Any]:
+    return result.model_dump(mode="json", include=LOGGED, exclude_none=True)
 
 
 @dg.asset(
