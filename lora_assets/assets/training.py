@@ -190,7 +190,7 @@ def _train(
         # An attempt that was killed between publication and its last word left its row RUNNING.
         run_log.settle(
             run_id=request.run_id,
-            adapter_path=result.adapter_path,
+            adapter_path=request.adapter_dir,
             metrics=_logged(result),
             dagster_root_run_id=root_run_id,
         )
