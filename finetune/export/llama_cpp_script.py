@@ -13,16 +13,19 @@ error. The first failure ends the process with a line ``{"error": message}``.
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import Any
 
 # What tokenizers' ByteLevel does without a regular expression of the model's own is GPT-2's.
 _GPT2_PRE_TOKENIZER = "gpt-2"
+_PR_SET_PDEATHSIG = 1
 
 
 def plain_byte_level(tokenizer_json: Path) -> bool:
@@ -58,8 +61,15 @@ def _accept_plain_byte_level(model_directory: list[Path]) -> None:
     base.TextModel.get_vocab_base_pre = recognise_or_gpt2
 
 
+def _end_with_parent() -> None:
+    """Ask Linux to kill this process when its parent dies: nobody would take what it writes."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def main() -> int:
     """Do the jobs that standard input asks for; the exit code is 0 if all went well."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     request = json.loads(sys.stdin.readline())

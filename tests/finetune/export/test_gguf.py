@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +120,38 @@ def test_the_runtime_survives_llama_cpp_dying(gguf: GgufExport) -> None:
         runtime._process.kill()
         with pytest.raises(ExportError, match="died while answering"):
             runtime.complete([1, 2, 3], 4)
+
+
+@pytest.mark.parametrize(
+    "maker",
+    ["GgufRuntime(path)", "Conversions([ModelConversion(path, path, 'F16', {})])"],
+    ids=["runtime", "converter"],
+)
+def test_a_child_process_dies_with_a_parent_that_is_killed(gguf: GgufExport, maker: str) -> None:
+    program = f"""
+import pathlib, time
+from finetune.export.converter import Conversions, ModelConversion
+from finetune.export.runtime import GgufRuntime
+path = pathlib.Path({str(gguf.full.path)!r})
+holder = {maker}
+holder.__enter__()
+print(holder._process.pid, flush=True)
+time.sleep(600)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid = int(parent.stdout.readline())
+        os.kill(pid, 0)
+        # The child must have come to the point where it listens for its parent's end.
+        time.sleep(0.5)
+        parent.kill()
+    for _ in range(200):
+        status = Path(f"/proc/{pid}/stat")
+        if not status.exists() or status.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.05)
+    os.kill(pid, 9)
+    pytest.fail("the child outlived its parent")
 
 
 def test_the_adapter_gguf_keeps_every_modules_scale(
