@@ -6,6 +6,7 @@ the file) and ``rejects.jsonl``. It does not know the file's name or date, nor h
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 from collections import Counter
@@ -130,7 +131,8 @@ def _tasks(files: Iterable[tuple[ExportFile, Fingerprint]], limits: Limits) -> I
 def _publish(path: Path, file: ExportFile, fingerprint: Fingerprint, scans: Iterable[RangeScan]) -> None:
     lines = blank = size = 0
     reasons: Counter[str] = Counter()
-    with publish_directory(path, kind=_KIND) as staging:
+    # Whoever was first at the same content has published the same index.
+    with contextlib.suppress(FileExistsError), publish_directory(path, kind=_KIND, replace=path.exists()) as staging:
         with (
             (staging.path / "records.bin").open("wb") as records,
             (staging.path / "rejects.jsonl").open("wb") as rejects,

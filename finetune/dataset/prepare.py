@@ -155,7 +155,8 @@ def _publish(
     total, done, start = sum(index.fingerprint.size for index in indexes), 0, 0
     counts: Counter[str] = Counter()
     described: list[dict[str, Any]] = []
-    with publish_directory(target, kind=KIND) as staging:
+    # Whoever was first at the same inputs has published the same bytes.
+    with contextlib.suppress(FileExistsError), publish_directory(target, kind=KIND, replace=target.exists()) as staging:
         with (
             (staging.path / "train.jsonl").open("wb", buffering=1 << 20) as train,
             (staging.path / "eval.jsonl").open("wb", buffering=1 << 20) as held,

@@ -100,7 +100,7 @@ def encoder(tmp_path: Path) -> RecordEncoder:
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     path = tmp_path / "a.jsonl"
-    records = [{"instruction": f"Питання {n}", "output": TEXT[n % 3] * (n % 7 + 1)} for n in range(3000)]
+    records = [{"instruction": f"Питання {n}", "output": TEXT[n % 3] * (n % 7 + 1)} for n in range(1500)]
     path.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"text": "Plain"}]))
     return path
 

@@ -214,6 +214,23 @@ def test_a_dataset_damaged_since_is_made_again(prepare: Prepare, pairs: Pairs) -
     assert second.train_path.read_bytes() == content
 
 
+def test_of_two_preparations_at_once_the_first_to_finish_is_kept(prepare: Prepare, pairs: Pairs) -> None:
+    files = {"brain_dataset_2026-06-01.jsonl": pairs(*range(20))}
+    inner: list[PreparedDataset] = []
+    stamps: list[int] = []
+
+    def overtake(event: ProgressEvent) -> None:
+        if event.stage == "write" and not inner:
+            inner.append(prepare(files))
+            stamps.append(inner[0].train_path.stat().st_ino)
+
+    outer = prepare(files, on_progress=overtake)
+
+    assert not inner[0].reused
+    assert outer == inner[0] == load_prepared(outer.path)
+    assert outer.train_path.stat().st_ino == stamps[0]
+
+
 def test_only_new_files_are_validated_again(prepare: Prepare, pairs: Pairs) -> None:
     files = {f"brain_dataset_2026-06-0{day}.jsonl": pairs(*range(day * 50, day * 50 + 50)) for day in (1, 2)}
     prepare(files)
