@@ -85,6 +85,65 @@ def test_streaming_a_bfloat16_model_is_bitwise_equal_to_peft(base: BaseModelRef,
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_transposed_weights_are_merged_bitwise_as_peft_does(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=16, vocab_size=32, n_positions=16)).save_pretrained(
+        tmp_path / "base"
+    )
+    config = LoraConfig(
+        r=4, target_modules=["c_attn"], fan_in_fan_out=True, init_lora_weights=False, task_type="CAUSAL_LM"
+    )
+    model = GPT2LMHeadModel.from_pretrained(tmp_path / "base")
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    merged = merge_adapter(
+        base_model=BaseModelRef(name="gpt2", path=tmp_path / "base", revision=None, fingerprint="0" * 32),
+        adapter_path=tmp_path / "adapter",
+        output_dir=tmp_path / "m",
+        run_id="r",
+    )
+    assert merged.method == "streaming"
+    expected, found = merged_by_peft(tmp_path / "base", tmp_path / "adapter"), weights(merged.path)
+    assert not torch.equal(
+        found["transformer.h.0.attn.c_attn.weight"], weights(tmp_path / "base")["transformer.h.0.attn.c_attn.weight"]
+    )
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_added_tokens_travel_with_the_adapters_tokenizer(base: BaseModelRef, tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    before = len(tokenizer)
+    tokenizer.add_tokens(["<new>"])
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    model.resize_token_embeddings(len(tokenizer))
+    torch.manual_seed(1)
+    config = LoraConfig(
+        r=4,
+        target_modules=["q_proj"],
+        modules_to_save=["embed_tokens", "lm_head"],
+        init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )
+    get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merged = merge_adapter(
+        base_model=base,
+        adapter_path=tmp_path / "adapter",
+        output_dir=tmp_path / "m",
+        run_id="r",
+        validate_on=["What is <new>?"],
+    )
+    assert weights(merged.path)["model.embed_tokens.weight"].shape[0] == before + 1
+    assert AutoTokenizer.from_pretrained(merged.path).encode("<new>", add_special_tokens=False) == [before]
+
+
 @pytest.mark.parametrize(
     ("changes", "untied"),
     [
