@@ -8,6 +8,7 @@ import json
 import resource
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -146,7 +147,10 @@ def _attempt(request: TrainingRequest, data: TrainingData, micro_batch: int, on_
     with (
         SummaryWriter(str(request.work_dir / "tensorboard"), purge_step=len(points)) as writer,
         stop_on_sigterm() as stop,
+        warnings.catch_warnings(),
     ):
+        # TRL's own use of names that transformers renames: nothing that a reader could act on.
+        warnings.simplefilter("ignore", FutureWarning)
         monitor = Monitor(
             order=training_order(data.lengths, trial),
             lines=data.lines,
