@@ -17,12 +17,14 @@ from xxhash import xxh3_128_digest
 
 from finetune.dataset.fast_tokens import FastTokenizer
 from finetune.dataset.models import DatasetProfile, LongestRecord, PreparedDataset, Truncation
+from finetune.dataset.prepare import load_prepared
 from finetune.dataset.rules import RejectedError, checked_turns, find_format
 from finetune.dataset.scan import Limits, content_key
 from finetune.dataset.scripts import SCRIPTS, count_letters
 from finetune.dataset.sources import Row, SourceFormat, find_sources, read_rows
 from finetune.errors import ArtifactError, DatasetError
 from finetune.progress import Progress, ProgressEvent, ignore_progress
+from finetune.publishing import is_complete
 
 if TYPE_CHECKING:
     from finetune.chat.encode import EncodedRecord, RecordEncoder
@@ -88,7 +90,8 @@ def analyze(
     """Profile any file or directory of records; rows that are no records are counted as rejected.
 
     Args:
-        path: JSON lines, CSV, Parquet, a directory of such files, or one saved by ``datasets``.
+        path: JSON lines, CSV, Parquet, a directory of such files, one saved by ``datasets``, or a prepared
+            dataset.
         format: what it is, or ``auto`` to tell by name and content.
         encoder: the base model's tokenizer and chat template; without it nothing is said of tokens.
         tokenizer: the encoder's name, for the record.
@@ -98,7 +101,13 @@ def analyze(
 
     Raises:
         DatasetError: unreadable, of no known format, or without a single record.
+        ArtifactError: a prepared dataset that is damaged.
     """
+    if format == "auto" and is_complete(path):
+        prepared = load_prepared(path)
+        return profile_dataset(
+            prepared, encoder=encoder, tokenizer=tokenizer, sample_size=sample_size, on_progress=on_progress
+        )
     sources = find_sources(path, format)
     tally = _Tally(encoder, sample_size)
     tally.add_all((row for file, form in sources for row in read_rows(file, form)), None, on_progress)

@@ -113,6 +113,7 @@ def test_a_prepared_dataset_is_profiled_with_what_is_known_of_its_files(
     assert profile.record_formats == {"instruction": 60, "text": 1, "messages": 1}
     assert set(profile.columns) == {"id", "instruction", "output", "text", "messages"}
     assert profile.format_detected == "jsonl"
+    assert analyze(dataset.path, encoder=encoder) == profile
 
 
 def test_lines_are_rejected_as_preparation_rejects_them(tmp_path: Path, prepare: Prepare) -> None:
