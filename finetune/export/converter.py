@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -104,6 +106,7 @@ class Conversions:
 
         Raises:
             ExportError: a conversion failed; the architecture, tensor or tokenizer at fault is in the message.
+            OSError: the disk is full.
         """
         try:
             answers, _ = self._process.communicate(timeout=_TIMEOUT)
@@ -115,6 +118,9 @@ class Conversions:
             return
         conversion = self._conversions[min(done, len(self._conversions) - 1)]
         source = conversion.model if isinstance(conversion, ModelConversion) else conversion.adapter
+        number = next((line.get("errno") for line in lines if "error" in line), None)
+        if number in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(number, os.strerror(number), str(conversion.output))
         message = next((line["error"] for line in lines if "error" in line), f"exit code {self._process.returncode}")
         self._log.seek(0)
         errors = [line for line in self._log.read().splitlines() if line.startswith("ERROR")]

@@ -8,7 +8,8 @@ standard input is a JSON object::
 
 The scripts run one after another, so that torch and transformers are imported once. A line
 ``{"done": n}`` follows each on the original standard output; what the scripts print goes to standard
-error. The first failure ends the process with a line ``{"error": message}``.
+error. The first failure ends the process with a line
+``{"error": message, "errno": number or null}``.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def main() -> int:
                 answers.flush()
                 return 1
         except Exception as error:
-            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}"}) + "\n")
+            number_of_error = error.errno if isinstance(error, OSError) else None
+            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}", "errno": number_of_error}) + "\n")
             answers.flush()
             raise
         answers.write(json.dumps({"done": number}) + "\n")

@@ -17,6 +17,7 @@ from finetune.export.converter import AdapterConversion, Conversions, ModelConve
 from finetune.export.gguf import export_gguf, verify_gguf
 from finetune.export.merge import merge_adapter
 from finetune.export.models import GgufExport, MergedModel
+from finetune.export.quantize import quantize_gguf
 from finetune.export.runtime import GgufRuntime
 from finetune.export.verify import LIMITS, Reference, check_tokenization, compare
 from tests.finetune.export.conftest import PROMPTS, QUESTIONS, TAUGHT, MakeAdapter
@@ -131,6 +132,7 @@ def test_a_child_process_dies_with_a_parent_that_is_killed(gguf: GgufExport, mak
     program = f"""
 import pathlib, time
 from finetune.export.converter import Conversions, ModelConversion
+from finetune.export.quantize import quantize_gguf
 from finetune.export.runtime import GgufRuntime
 path = pathlib.Path({str(gguf.full.path)!r})
 holder = {maker}
@@ -206,6 +208,18 @@ def test_a_failed_conversion_names_what_is_at_fault(
         pytest.raises(ExportError, match=message),
     ):
         conversions.wait()
+
+
+def test_a_full_disk_is_told_from_a_failed_conversion(base: BaseModelRef, gguf: GgufExport) -> None:
+    # Every write to /dev/full fails with ENOSPC.
+    full = Path("/dev/full")
+    with (
+        Conversions([ModelConversion(base.path, full, "F16", {})]) as conversions,
+        pytest.raises(OSError, match="No space left"),
+    ):
+        conversions.wait()
+    with pytest.raises(OSError, match="No space left"):
+        quantize_gguf(gguf.full.path, full, "Q8_0")
 
 
 def test_an_unknown_quantization_is_refused_before_any_work(
