@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from finetune.dataset.copying import copy_records, copy_rejects
 from finetune.dataset.discovery import ExportFile, window_of
@@ -128,7 +128,14 @@ def load_prepared(path: Path) -> PreparedDataset:
         ArtifactError: there is none, or it is damaged.
     """
     manifest = read_manifest(path, kind=KIND)
-    return PreparedDataset(path=path, **manifest.results)
+    try:
+        return PreparedDataset.model_validate({**manifest.results, "path": path})
+    except ValidationError as error:
+        raise ArtifactError(
+            f"the manifest does not describe a dataset: {error}",
+            where=path,
+            remedy="Delete the directory and prepare the dataset again",
+        ) from error
 
 
 def _fingerprints(

@@ -310,6 +310,14 @@ def test_a_damaged_dataset_is_not_loaded(prepare: Prepare, pairs: Pairs) -> None
         load_prepared(dataset.path)
 
 
+def test_a_manifest_of_another_shape_is_not_loaded(prepare: Prepare, pairs: Pairs) -> None:
+    dataset = prepare({"brain_dataset_2026-06-01.jsonl": pairs(*range(20))})
+    manifest = dataset.path / "manifest.json"
+    manifest.write_text(manifest.read_text().replace('"counts"', '"sums"'))
+    with pytest.raises(ArtifactError, match="does not describe a dataset"):
+        load_prepared(dataset.path)
+
+
 @pytest.mark.parametrize(
     "wrong", [{"window": "last:0"}, {"eval_fraction": 0}, {"eval_fraction": 1}, {"max_depth": 1}, {"unknown": 1}]
 )
