@@ -26,6 +26,8 @@ _OPTIMIZER_BYTES = {
 }
 # What a CUDA context takes before the first tensor, and the share that the caching allocator wastes.
 _CUDA_CONTEXT_GB = 0.6
+# The tiles in which TRL projects hidden states to logits.
+_TILE_TOKENS, _TILE_VOCABULARY = 4096, 8192
 _FRAGMENTATION = 0.05
 
 
@@ -60,8 +62,16 @@ def estimate_memory(
     *,
     device: Literal["cpu", "cuda"] = "cuda",
     limit_gb: float | None = None,
+    whole_logits: bool = False,
 ) -> MemoryEstimate:
     """Peak memory in GB (10^9 bytes) of training `shape` as `trial` says.
+
+    Args:
+        shape: the model's sizes.
+        trial: method, micro-batch, length, precision and all else that takes memory.
+        device: a GPU also holds a CUDA context, and its allocator wastes some.
+        limit_gb: the memory that is there, for `fits`.
+        whole_logits: for engines that make all logits at once; TRL's `SFTTrainer` does not.
 
     Raises:
         ConfigurationError: `target_modules` names a module that the model lacks.
@@ -78,7 +88,7 @@ def estimate_memory(
         "gradients": trained * (width if trial.method == "full" else 4) / _GB,
         "optimizer": trained * _OPTIMIZER_BYTES.get(trial.optimizer, 8.0) / _GB,
         "activations": _activation_bytes(shape, trial, width) / _GB,
-        "logits": _logit_bytes(shape, trial, width) / _GB,
+        "logits": _logit_bytes(shape, trial, width, whole_logits) / _GB,
     }
     parts["overhead"] = _CUDA_CONTEXT_GB + _FRAGMENTATION * sum(parts.values()) if device == "cuda" else 0.0
     total = sum(parts.values())
@@ -93,28 +103,52 @@ def estimate_memory(
 
 
 def _activation_bytes(shape: ModelShape, trial: TrialConfig, width: int) -> float:
+    """What forward keeps for backward: in one layer while checkpointing, else in all of them."""
     tokens = trial.micro_batch * trial.max_length
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # Norms keep their input and its normalized copy; attention its query, key, value and output; the
-    # feed-forward part its halves before and after the activation, and their product.
-    feed_forward = (4 if shape.gated else 2) * shape.intermediate
-    per_token = (4 * shape.hidden + 2 * q + 2 * kv + feed_forward) * width
-    if trial.attention == "eager":
-        # Scores before and after softmax, the latter in float32 too.
-        per_token += shape.heads * trial.max_length * (2 * width + 4)
-    if trial.method in ("lora", "qlora"):
-        targets = shape.targets(trial.target_modules)
-        per_token += sum(trial.lora_rank for _ in targets) * width
-        if trial.lora_dropout > 0:
-            per_token += sum(linear.inputs for linear in targets) * width
-    layer = float(tokens * per_token)
+    layer = float(tokens * _layer_bytes_per_token(shape, trial, width))
     if trial.gradient_checkpointing:
         return shape.layers * tokens * shape.hidden * width + layer
-    dequantized = max(linear.parameters for linear in shape.linears) * width if trial.method == "qlora" else 0
-    return shape.layers * layer + dequantized
+    # One module's weights at a time are unpacked from 4 bits.
+    unpacked = max(linear.parameters for linear in shape.linears) * width if trial.method == "qlora" else 0
+    return shape.layers * layer + unpacked
 
 
-def _logit_bytes(shape: ModelShape, trial: TrialConfig, width: int) -> float:
+def _layer_bytes_per_token(shape: ModelShape, trial: TrialConfig, width: int) -> float:
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    # RMS norms work in float32 and keep their input and its normalized copy; layer norms keep their input.
+    norms = shape.other_per_layer // (shape.hidden if shape.gated else 2 * shape.hidden)
+    kept = norms * shape.hidden * (8 if shape.gated else width)
+    # Query, key, value and output.
+    kept += (2 * q + 2 * kv) * width
+    if trial.attention == "eager":
+        # Scores before and after softmax, which works in float32.
+        kept += shape.heads * trial.max_length * (2 * width + 4)
+    # Both halves of a gated feed-forward part and the activated one; else the input of the activation.
+    kept += (3 if shape.gated else 1) * shape.intermediate * width
+    return kept + _kept_for_weight_gradients(shape, trial, width)
+
+
+def _kept_for_weight_gradients(shape: ModelShape, trial: TrialConfig, width: int) -> float:
+    """Inputs of modules whose weights are trained: frozen modules need none to pass gradients on."""
+    if trial.method not in ("lora", "qlora", "full"):
+        return 0.0
+    targets = shape.targets("all-linear" if trial.method == "full" else trial.target_modules)
+    if trial.method != "full" and trial.lora_dropout > 0:
+        # Each adapter drops its own copy, and remembers with one byte what it dropped.
+        inputs = sum(linear.inputs * (width + 1) for linear in targets)
+    else:
+        # Attention's input is shared by query, key and value; the feed-forward input by its halves.
+        inputs = width * sum(
+            {(linear.inputs, linear.outputs == shape.hidden): linear.inputs for linear in targets}.values()
+        )
+    return inputs + (0 if trial.method == "full" else trial.lora_rank * len(targets) * width)
+
+
+def _logit_bytes(shape: ModelShape, trial: TrialConfig, width: int, whole_logits: bool) -> float:
     tokens = trial.micro_batch * trial.max_length
-    # The logits, their float32 copy in the loss, and the gradient of each.
-    return float(tokens * shape.vocab * (2 * width + (8 if width == 2 else 0)))
+    if whole_logits:
+        # The logits, their float32 log-softmax, and the gradient while it is cast back.
+        return float(tokens * shape.vocab * (4 + 4 + (width if width < 4 else 4)))
+    # TRL projects tile by tile and keeps the gradient of the hidden states in float32.
+    tile = min(tokens, _TILE_TOKENS) * min(shape.vocab, _TILE_VOCABULARY)
+    return float(tile * (width + 4) + tokens * shape.hidden * 4)

@@ -25,6 +25,55 @@ def trial_of(**fields: Any) -> TrialConfig:
     return TrialConfig(trial_id="", **fields)
 
 
+LLAMA_2_7B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+}
+PHI_1_5 = {
+    "model_type": "phi",
+    "hidden_size": 2048,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 32,
+    "intermediate_size": 8192,
+    "vocab_size": 51200,
+}
+STABLELM_ALPHA_3B = {
+    "model_type": "gpt_neox",
+    "hidden_size": 4096,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "intermediate_size": 16384,
+    "vocab_size": 50688,
+}
+# Peaks in GB of LoRA of rank 8 on query and value in bf16, Alpaca's longest batch of 1304 tokens, on one A100:
+# litgpt at 26857050fe, tutorials/resource-tables.md.
+PUBLISHED = [
+    (PHI_1_5, ["q_proj", "v_proj"], 1, 4.82),
+    (PHI_1_5, ["q_proj", "v_proj"], 2, 6.76),
+    (PHI_1_5, ["q_proj", "v_proj"], 4, 10.68),
+    (STABLELM_ALPHA_3B, ["query_key_value"], 1, 9.69),
+    (STABLELM_ALPHA_3B, ["query_key_value"], 2, 12.10),
+    (STABLELM_ALPHA_3B, ["query_key_value"], 4, 16.92),
+    (LLAMA_2_7B, ["q_proj", "v_proj"], 1, 21.30),
+    (LLAMA_2_7B, ["q_proj", "v_proj"], 2, 29.07),
+]
+
+
+@pytest.mark.parametrize(("config", "modules", "batch", "measured"), PUBLISHED)
+def test_the_estimate_is_near_what_others_measured(
+    tmp_path: Path, config: dict[str, Any], modules: list[str], batch: int, measured: float
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    trial = trial_of(lora_rank=8, target_modules=modules, micro_batch=batch, max_length=1304, precision="bf16")
+    estimate = estimate_memory(read_model_shape(tmp_path), trial, whole_logits=True)
+    # They measured PyTorch's tensors, without the context.
+    assert estimate.vram_gb - estimate.parts["overhead"] == pytest.approx(measured, rel=0.08)
+
+
 @pytest.fixture
 def shape(tmp_path: Path) -> ModelShape:
     (tmp_path / "config.json").write_text(json.dumps(TINY))
