@@ -3,7 +3,6 @@
 import logging
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -95,8 +94,6 @@ def run_date(
         date: the dataset date; its partition is added if need be.
         on_step: told of each asset when it is there.
     """
-    # Libraries' talk about their own next releases is not for whoever runs the loop.
-    warnings.filterwarnings("ignore", category=FutureWarning)
     dagster_home(settings)
     from lora_assets.definitions import defs
     from lora_assets.jobs import train_and_export

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 
 import typer
+from dagster_shared.utils.warnings import PreviewWarning
 
 from lora_assets.cli import demo, run, show, tools
 
@@ -32,6 +35,11 @@ def main() -> None:
 
     # Threads of PyTorch that wait by spinning starve each other on a busy machine: five times slower was seen.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Progress is told by our own lines; libraries' bars and talk of their next releases only hide it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=PreviewWarning)
     # Secrets reach Dagster's resources by the name of their variable, so `.env` must be in the environment.
     load_dotenv(".env")
     app()

@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "exports"
 
-# The demo differs from production only in its size: these fit a model of 4 million parameters and a few
+# The demo differs from production only in its size: these fit a model of 2.5 million parameters and a few
 # hundred short records. What the environment sets already is kept.
 DEMO_SETTINGS = {
     # Layers this small are slower with two threads than with one.
     "OMP_NUM_THREADS": "1",
     "DATA_ROOT": "data/demo",
     "LORA_RANK": "16",
-    "TRAIN_EPOCHS": "10",
-    "LEARNING_RATE": "2e-3",
-    "MICRO_BATCH": "16",
+    "TRAIN_EPOCHS": "6",
+    "LEARNING_RATE": "3e-3",
+    "MICRO_BATCH": "8",
     "ACCUMULATION": "1",
     "MAX_LENGTH": "256",
     "MAX_LINE_BYTES": "65536",
@@ -125,17 +125,15 @@ def _print_history(settings: Settings) -> None:
     from finetune.registry.store import list_versions
 
     print_table(
-        "\nVersions in the registry",
-        ["version", "date", "held-out loss of the base", "of the adapter", "answers right before", "after", "verdict"],
+        "\nVersions in the registry (held-out loss and answers, before -> after)",
+        ["version", "date", "loss", "right answers", "verdict"],
         [
             [
                 version.version,
                 str(version.lineage["date"]),
-                f"{version.metrics['base_loss']:.3f}",
-                f"{version.metrics['eval_loss']:.3f}",
-                f"{version.metrics['base_exact_match']:.0%}",
-                f"{version.metrics['exact_match']:.0%}",
-                version.reason,
+                f"{version.metrics['base_loss']:.2f} -> {version.metrics['eval_loss']:.2f}",
+                f"{version.metrics['base_exact_match']:.0%} -> {version.metrics['exact_match']:.0%}",
+                f"{version.status}: {version.reason.split(': loss')[0]}",
             ]
             for version in list_versions(settings.layout.registry)
         ],
@@ -153,8 +151,9 @@ def _print_answers(settings: Settings, date: str) -> None:
     report = read_value(settings, "eval_report", date, EvalReport)
     if export is None or report is None:
         return
-    asked = [answer for answer in report.answers if answer.adapter.strip() == answer.reference.strip()][:QUESTIONS]
-    rows = [[answer.prompt, answer.reference] for answer in asked]
+    # Each language gets its turn: those with Latin letters first.
+    answers = sorted(report.answers, key=lambda answer: not answer.reference.isascii())
+    rows = [[answer.prompt, answer.reference] for answer in (answers[:1] + answers[-QUESTIONS + 1 :])]
     for file in (export.base, export.quantized):
         with GgufRuntime(file.path) as runtime:
             for row in rows:
