@@ -125,6 +125,10 @@ def _layer_bytes_per_token(shape: ModelShape, trial: TrialConfig, width: int) ->
         kept += shape.heads * trial.max_length * (2 * width + 4)
     # Both halves of a gated feed-forward part and the activated one; else the input of the activation.
     kept += (3 if shape.gated else 1) * shape.intermediate * width
+    if trial.method == "qlora":
+        # Published peaks agree with two copies of each 4-bit module's input (query, key and value share
+        # theirs), whether an adapter needs it or not.
+        kept += 2 * width * sum(linear.inputs for linear in shape.linears if linear.name not in ("k_proj", "v_proj"))
     return kept + _kept_for_weight_gradients(shape, trial, width)
 
 
