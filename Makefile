@@ -8,7 +8,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format dev bench-load clean
+.PHONY: help setup demo test check format dev bench-load bench-dataset clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -43,6 +43,9 @@ dev: .venv/.installed ## The Dagster UI and daemon on localhost
 
 bench-load: .venv/.installed ## How long the code location takes to load
 	@$(BIN)/python benchmarks/load/bench.py
+
+bench-dataset: .venv/.installed ## Dataset preparation beside other tools, on synthetic exports
+	@$(BIN)/python benchmarks/dataset/bench.py
 
 clean: ## Remove the virtual environment and caches; data stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

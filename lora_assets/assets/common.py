@@ -9,6 +9,7 @@ import dagster as dg
 
 from finetune.errors import ConfigurationError
 from finetune.progress import Progress, ProgressEvent
+from finetune.publishing import read_manifest
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import load_settings
 
@@ -77,6 +78,12 @@ def picture(png: bytes) -> dg.MarkdownMetadataValue:
 def path(value: Path) -> dg.PathMetadataValue:
     """A path that the UI offers to copy."""
     return dg.MetadataValue.path(str(value))
+
+
+def published_files(directory: Path) -> dg.TableMetadataValue:
+    """Name, size and SHA-256 of each file of a published directory, as its manifest says."""
+    outputs = read_manifest(directory).outputs
+    return table([{"file": name, "bytes": entry.size, "sha256": entry.sha256} for name, entry in outputs.items()])
 
 
 def table(rows: list[dict[str, str | int | float | bool | None]]) -> dg.TableMetadataValue:

@@ -20,6 +20,7 @@ from lora_assets.assets.common import (
     made_from,
     path,
     picture,
+    published_files,
     table,
 )
 from lora_assets.partitions import dataset_dates
@@ -91,6 +92,7 @@ def merged_dataset(
                 [{"file": file, "lines": lines} for file, lines in sorted(prepared.rejects_by_file.items())]
             ),
             "rejects": path(prepared.rejects_path),
+            "published": published_files(prepared.path),
             "reused": prepared.reused,
         },
     )

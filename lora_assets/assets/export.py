@@ -6,7 +6,7 @@ from pydantic import Field
 from finetune.dataset.models import PreparedDataset
 from finetune.export.models import GgufExport, LmStudioExport, MergedModel, OllamaExport
 from finetune.registry.models import RegisteredVersion
-from lora_assets.assets.common import COMMON, SETTINGS, choice, log_progress, made_from, path, table
+from lora_assets.assets.common import COMMON, SETTINGS, choice, log_progress, made_from, path, published_files, table
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.ollama import OllamaServer
@@ -62,6 +62,7 @@ def merged_model(
             "max_logit_difference": "not validated"
             if merged.max_logit_difference is None
             else merged.max_logit_difference,
+            "published": published_files(merged.path),
             "greedy_tokens_equal": str(merged.greedy_tokens_equal),
             "reused": merged.reused,
         },
@@ -198,6 +199,7 @@ def lmstudio_export(
             "path": path(export.path),
             "gguf": path(export.gguf),
             "lmstudio_config": path(export.config),
+            "published": published_files(export.path),
             "reused": export.reused,
         },
     )

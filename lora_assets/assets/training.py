@@ -30,6 +30,7 @@ from lora_assets.assets.common import (
     made_from,
     path,
     picture,
+    published_files,
     table,
 )
 from lora_assets.partitions import dataset_dates
@@ -170,6 +171,7 @@ def adapter(
             "peak_memory_gb": result.peak_memory_gb or 0.0,
             "base_model": base.name,
             "base_model_fingerprint": base.fingerprint,
+            "published": published_files(request.adapter_dir),
             "loss_curve": picture(loss_curve_png(result.loss_curve)),
             "reused": result.reused,
         },
@@ -268,6 +270,8 @@ def eval_report(
             "base_exact_match": report.base_exact_match or 0.0,
             "records": report.records,
             "answers": table([answer.model_dump() for answer in report.answers]),
+            "seconds": report.seconds,
+            "published": published_files(report.path),
             "comparison": picture((report.path / "change.png").read_bytes()),
             "reused": report.reused,
         },

@@ -68,6 +68,9 @@ def analyze(
     tokenizer: Annotated[
         str | None, typer.Option(help="Model whose tokenizer counts; without it nothing is said of tokens.")
     ] = None,
+    sample_size: Annotated[
+        int, typer.Option(min=1, help="Records on which a faster tokenizer must prove equal before it counts.")
+    ] = 1000,
     as_json: Json = False,
 ) -> None:
     """Profile any dataset: counts, columns, exact token statistics."""
@@ -76,7 +79,14 @@ def analyze(
 
     encoder = None if tokenizer is None else RecordEncoder.load(find_base(tokenizer, weights=False).path)
     show(
-        analyze_path(path, format=source_format, encoder=encoder, tokenizer=tokenizer, on_progress=progress(as_json)),
+        analyze_path(
+            path,
+            format=source_format,
+            encoder=encoder,
+            tokenizer=tokenizer,
+            sample_size=sample_size,
+            on_progress=progress(as_json),
+        ),
         as_json,
     )
 
