@@ -115,7 +115,8 @@ def merge_streaming(
                 count = tensor.size // dtype.itemsize
                 weight = torch.frombuffer(mapped, dtype=dtype, count=count, offset=tensor.offset).view(tensor.shape)
                 weight.add_(pair.delta())
-                finite = bool(torch.isfinite(weight).all())
+                # One pass without a temporary: infinities and NaN survive a sum.
+                finite = bool(torch.isfinite(weight.sum(dtype=torch.float32)))
                 # A memory map cannot be closed while a tensor looks into it.
                 del weight
                 if not finite:
@@ -126,5 +127,4 @@ def merge_streaming(
                     )
                 merged += 1
                 on_tensor(merged)
-            mapped.flush()
     return merged
