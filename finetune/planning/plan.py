@@ -38,7 +38,8 @@ _RANKS: dict[Task, int] = {"instruction": 16, "chat": 16, "style": 8, "domain": 
 _PASS_TOKENS = {"cpu": 4096, "cuda": 16384}
 _TRUNCATED_SHARE = 0.005
 _SHORTEST = 128
-_FEWEST_STEPS = 100
+_FEWEST_STEPS = 250
+_LARGEST_BATCH, _SMALLEST_BATCH = 16, 8
 
 Device = Literal["cpu", "cuda"]
 
@@ -210,8 +211,8 @@ def _max_length(shape: ModelShape, profile: DatasetProfile) -> tuple[int, str]:
 
 
 def _settle_batch(choices: _Choices, records: int, epochs: float, max_length: int, device: Device) -> None:
-    batch = 16
-    while batch > 4 and records * epochs / batch < _FEWEST_STEPS:
+    batch = _LARGEST_BATCH
+    while batch > _SMALLEST_BATCH and records * epochs / batch < _FEWEST_STEPS:
         batch //= 2
     reason = f"{records} records give {math.ceil(records * epochs / batch)} steps of {batch} records"
     given = choices.given

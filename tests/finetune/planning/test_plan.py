@@ -86,7 +86,7 @@ def test_the_rate_follows_the_published_ones(llama_8b: Path) -> None:
 
 
 def test_a_small_dataset_gets_small_batches_and_a_large_one_never_more_than_32(llama_8b: Path) -> None:
-    assert make_plan(llama_8b, profile_of(100)).trial_config.effective_batch == 4
+    assert make_plan(llama_8b, profile_of(100)).trial_config.effective_batch == 8
     assert make_plan(llama_8b, profile_of(1_000_000)).trial_config.effective_batch <= 32
 
 
