@@ -124,6 +124,8 @@ def gguf(
             "greedy_agreement": table(
                 [{"file": name, "share": share} for name, share in check.greedy_agreement.items()]
             ),
+            "divergence": table([{"file": name, "nats": value} for name, value in check.divergence.items()]),
+            "perplexity": table([{"file": name, "value": value} for name, value in check.perplexity.items()]),
             "question": check.sample_question,
             "answer": check.sample_answer,
             "base_answer": check.base_answer,
@@ -158,7 +160,8 @@ def modelfile(
         run_id=gguf.run_id,
     )
     if ollama.host:
-        name = ollama.create_from(export, name=f"{SETTINGS.ollama_model_name}:{gguf.run_id}")
+        name = f"{SETTINGS.ollama_model_name}:{gguf.run_id}"
+        ollama.create_from(export, name=name, on_progress=log_progress(context))
         export = export.model_copy(update={"created_model": name})
     return dg.MaterializeResult(
         value=export,

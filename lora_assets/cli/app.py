@@ -9,7 +9,7 @@ import warnings
 import typer
 from dagster_shared.utils.warnings import PreviewWarning
 
-from lora_assets.cli import demo, run, show, tools
+from lora_assets.cli import demo, registry, run, show, tools
 
 app = typer.Typer(
     name="lora-assets",
@@ -23,6 +23,7 @@ app.command(epilog="Example: DATA_ROOT=data/demo lora-assets dev --port 3000")(d
 app.command(epilog="Example: lora-assets config --json")(show.config)
 app.command(epilog="Example: lora-assets runs --limit 5 --json")(show.runs)
 app.add_typer(tools.dataset_app, name="dataset")
+app.add_typer(registry.app, name="registry")
 app.command(epilog="Example: lora-assets plan --base-model llama3-8b --vram-limit-gb 24")(tools.plan)
 app.command(epilog="Example: lora-assets train --base-model llama3-8b --dataset train.jsonl --output a")(tools.train)
 app.command(epilog="Example: lora-assets evaluate --adapter A --dataset eval.jsonl --output report")(tools.evaluate)
