@@ -112,8 +112,10 @@ def plan(
 
     settings = load_settings()
     profile = DatasetProfile.model_validate_json(dataset_profile.read_bytes()) if dataset_profile else ASSUMED_PROFILE
+    # A directory may hold the configuration alone: a plan needs no more.
+    local = base_model is not None and Path(base_model).is_dir()
     result = make_plan(
-        find_base(base_model, weights=False).path,
+        Path(base_model or "") if local else find_base(base_model, weights=False).path,
         profile,
         task=task,
         method=method,

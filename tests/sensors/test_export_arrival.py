@@ -1,6 +1,5 @@
 """The arrival sensor: its decision alone, then a tick on a real instance."""
 
-import os
 from pathlib import Path
 
 import dagster as dg
@@ -107,11 +106,11 @@ def test_a_directory_that_is_missing_for_a_while_is_not_an_empty_one(
             result = tick(sensor_in, instance, cursor)
             assert isinstance(result, dg.SensorResult)
             cursor = result.cursor
-        os.rename(directory, tmp_path / "away")
+        directory.rename(tmp_path / "away")
         skipped = tick(sensor_in, instance, cursor)
         assert isinstance(skipped, str)
         assert str(directory) in skipped
-        os.rename(tmp_path / "away", directory)
+        (tmp_path / "away").rename(directory)
         back = tick(sensor_in, instance, cursor)
         assert isinstance(back, dg.SensorResult)
         assert not back.run_requests, "nothing changed, so nothing may be asked for again"
