@@ -12,7 +12,8 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from finetune.dataset.prepare import PrepareParameters
+from finetune.dataset.parameters import PLAIN, PrepareParameters
+from finetune.dataset.screening import SensitiveMode
 from finetune.errors import ConfigurationError
 from finetune.layout import DataLayout
 from finetune.planning.models import Method, Task
@@ -72,6 +73,19 @@ class Settings(BaseSettings):
     max_line_bytes: int = Field(1 << 20, ge=1024, description="Longer lines are rejected.")
     max_reject_rate: float = Field(0.05, ge=0, le=1, description="Share of rejected lines that blocks training.")
     prepare_workers: int = Field(1, ge=1, description="Processes that validate exports.")
+    deletion_list: Path | None = Field(
+        None, description="File of record ids and content hashes that must not be learned; unset: none."
+    )
+    id_field: str = Field("id", min_length=1, description="Field of a record's id, or its path such as meta.id.")
+    min_quality: float | None = Field(
+        None, description="Records of less quality, or of none, are left out; unset: all stay."
+    )
+    quality_field: str = Field(
+        "quality", min_length=1, description="Field of a record's quality, or its path such as meta.quality."
+    )
+    sensitive_data: SensitiveMode = Field(
+        "off", description="Look for secrets and personal data: off, report, mask or reject (the record)."
+    )
 
     training_method: Method = Field("lora", description="lora, qlora (4-bit base), prefix or ia3.")
     training_task: Task = Field("instruction", description="What the adapter is for; the plan's defaults follow it.")
@@ -114,7 +128,7 @@ class Settings(BaseSettings):
             raise ValueError(f"unknown target {', '.join(unknown)}; allowed: {', '.join(allowed)}")
         return ",".join(targets)
 
-    @field_validator("data_root", "exports_dir")
+    @field_validator("data_root", "exports_dir", "deletion_list")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         # Paths end in manifests and reach processes that run elsewhere.
@@ -176,7 +190,12 @@ class Settings(BaseSettings):
             "vram_limit_gb",
             "seed",
         )
-        return sha256_json({name: getattr(self, name) for name in names})[:16]
+        recipe = {name: getattr(self, name) for name in names}
+        # Options that are off leave dates as they are; the deletion list decides by its entries.
+        parameters = self.prepare_parameters
+        deciding = parameters.deciding(parameters.deletions())
+        recipe |= {name: value for name, value in deciding.items() if name not in PLAIN}
+        return sha256_json(recipe)[:16]
 
     @property
     def prepare_parameters(self) -> PrepareParameters:
@@ -185,6 +204,11 @@ class Settings(BaseSettings):
             window=self.dataset_window,
             eval_fraction=self.eval_fraction,
             max_line_bytes=self.max_line_bytes,
+            deletion_list=self.deletion_list,
+            id_field=self.id_field,
+            min_quality=self.min_quality,
+            quality_field=self.quality_field,
+            sensitive_data=self.sensitive_data,
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -14,7 +16,7 @@ from finetune.dataset.reading import verified_blocks
 
 
 def copy_records(index: FileIndex, outputs: Sequence[tuple[npt.NDArray[np.bool_], BinaryIO]]) -> None:
-    """Write the chosen records of one file, each with a line feed, to their outputs.
+    """Write the chosen records of one file, each with a line feed, to their outputs; masked ones as they are now.
 
     Raises:
         DatasetError: the file cannot be read.
@@ -23,6 +25,8 @@ def copy_records(index: FileIndex, outputs: Sequence[tuple[npt.NDArray[np.bool_]
     rows = index.rows()
     starts = rows["offset"].astype(np.int64)
     ends = starts + rows["length"]
+    masked = index.masked_lines()
+    altered = np.array(sorted(masked), np.int64)
     row = position = base = 0
     buffer = b""
     for block in verified_blocks(index.file.path, index.fingerprint):
@@ -31,13 +35,23 @@ def copy_records(index: FileIndex, outputs: Sequence[tuple[npt.NDArray[np.bool_]
         upto = int(np.searchsorted(ends, position, side="right"))
         for chosen, output in outputs:
             here = np.flatnonzero(chosen[row:upto]) + row
-            for start, end in _runs(starts[here] - base, ends[here] - base):
-                # Within JSON a carriage return can only be white space; many readers break lines there.
-                output.write(buffer[start:end].replace(b"\r", b" "))
-                output.write(b"\n")
+            for part in _apart(here, altered):
+                if len(part) == 1 and int(part[0]) in masked:
+                    output.write(masked[int(part[0])] + b"\n")
+                    continue
+                for start, end in _runs(starts[part] - base, ends[part] - base):
+                    # Within JSON a carriage return can only be white space; many readers break lines there.
+                    output.write(buffer[start:end].replace(b"\r", b" "))
+                    output.write(b"\n")
         row = upto
         unread = min(int(starts[row]), position) if row < len(starts) else position
         buffer, base = buffer[unread - base :], unread
+
+
+def _apart(rows: npt.NDArray[np.int64], single: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+    """Rows in pieces, so that each of `single` has one of its own."""
+    at = np.flatnonzero(np.isin(rows, single)) if len(single) else single
+    return np.split(rows, np.union1d(at, at + 1)) if len(at) else [rows]
 
 
 def _runs(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
@@ -50,9 +64,9 @@ def _runs(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Iterato
     return zip(first.tolist(), last.tolist(), strict=True)
 
 
-def copy_rejects(index: FileIndex, output: BinaryIO) -> None:
-    """Write a file's rejects, each with the file's name."""
+def copy_entries(index: FileIndex, entries: Path, output: BinaryIO) -> None:
+    """Write what was noted of a file's lines, each with the file's name; there may be no such notes."""
     prefix = orjson.dumps({"file": index.file.name})[:-1] + b","
-    with index.rejects_path.open("rb") as rejects:
-        for reject in rejects:
-            output.write(prefix + reject[1:])
+    with contextlib.suppress(FileNotFoundError), entries.open("rb") as lines:
+        for line in lines:
+            output.write(prefix + line[1:])

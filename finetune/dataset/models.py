@@ -8,7 +8,10 @@ from pydantic import BaseModel, ConfigDict
 
 
 class Counts(BaseModel):
-    """Where every line went: ``lines == train + eval + duplicates + rejected + blank``."""
+    """Where every line went: each of them is counted once, and `lines` is the sum of all the others.
+
+    `removed` are on the deletion list, `filtered` are below the quality asked for.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -18,6 +21,13 @@ class Counts(BaseModel):
     duplicates: int
     rejected: int
     blank: int
+    removed: int = 0
+    filtered: int = 0
+
+    @property
+    def accounted(self) -> int:
+        """The sum that must be `lines`."""
+        return self.kept + self.duplicates + self.rejected + self.blank + self.removed + self.filtered
 
     @property
     def kept(self) -> int:
@@ -39,6 +49,10 @@ class PreparedDataset(BaseModel):
     rejects_by_file: dict[str, int]
     # Kept records of each export.
     records_by_file: dict[str, int] = {}
+    # Records in which each kind of sensitive data was found, duplicates included; empty where nobody looked.
+    sensitive_by_kind: dict[str, int] = {}
+    # Records, duplicates included, that were written anew without their sensitive data.
+    masked: int = 0
     # names, sizes and times of the exports when they were read; empty where nobody asked
     stat_fingerprint: str = ""
     reused: bool = False
@@ -57,6 +71,11 @@ class PreparedDataset(BaseModel):
     def rejects_path(self) -> Path:
         """One JSON object for every rejected line: file, line, offset, length, reason, position, head."""
         return self.path / "rejects.jsonl"
+
+    @property
+    def findings_path(self) -> Path:
+        """Where sensitive data was looked for: one JSON object a line that held some, without it."""
+        return self.path / "findings.jsonl"
 
 
 class Truncation(BaseModel):

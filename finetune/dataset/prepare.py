@@ -13,18 +13,20 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
-from finetune.dataset.copying import copy_records, copy_rejects
+from finetune.dataset.copying import copy_entries, copy_records
+from finetune.dataset.deletions import Deletions
 from finetune.dataset.discovery import ExportFile, window_of
 from finetune.dataset.index import FileIndex, index_files
 from finetune.dataset.models import Counts, PreparedDataset
+from finetune.dataset.parameters import PrepareParameters
 from finetune.dataset.reading import Fingerprint, fingerprint_file
-from finetune.dataset.scan import DEFAULT_LIMITS, RULES_VERSION, Limits
-from finetune.dataset.selection import first_occurrences, held_out
+from finetune.dataset.scan import RULES_VERSION, Limits
+from finetune.dataset.selection import held_out, select_records
 from finetune.errors import ArtifactError, DatasetError
 from finetune.layout import DataLayout
 from finetune.progress import Progress, ProgressEvent, ignore_progress
@@ -35,32 +37,6 @@ _FORMAT_VERSION = 1
 _FINGERPRINT_DIGITS = 16
 _RANGE_BYTES = 1 << 20
 _EXAMPLES = 5
-
-
-class PrepareParameters(BaseModel):
-    """What decides about the records, besides the files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    window: str = Field(
-        default="all",
-        pattern=r"^(all|date|last:[1-9]\d*)$",
-        description="Which dates to train on: all up to the dataset's date, that date alone, or last:N dates with data",
-    )
-    eval_fraction: float = Field(default=0.1, gt=0, lt=1, description="Share of prompts held out for evaluation")
-    salt: str = Field(default="", description="Another salt gives another split")
-    max_line_bytes: int = Field(
-        default=DEFAULT_LIMITS.max_line_bytes,
-        ge=2,
-        lt=1 << 31,
-        description="Longer lines are rejected; bytes without the line feed",
-    )
-    max_depth: int = Field(
-        default=DEFAULT_LIMITS.max_depth,
-        ge=2,
-        le=256,
-        description="Lines that nest objects and arrays deeper are rejected",
-    )
 
 
 def prepare_dataset(
@@ -85,12 +61,14 @@ def prepare_dataset(
         on_progress: is told of bytes hashed, validated and written.
 
     Raises:
+        ConfigurationError: the deletion list cannot be read.
         DatasetError: no files in the window, one cannot be read, no record was kept, or one side of the
             split is empty.
         TransientError: a file changed or vanished meanwhile.
         StorageFullError: the disk is full.
     """
     parameters = parameters or PrepareParameters()
+    deletions = parameters.deletions()
     window = window_of(files, date, parameters.window)
     if not window:
         raise DatasetError(
@@ -103,7 +81,7 @@ def prepare_dataset(
         {
             "format": [_FORMAT_VERSION, RULES_VERSION],
             "files": [[file.name, file.date, content.sha256] for file, content in inputs],
-            "parameters": parameters.model_dump(),
+            "parameters": parameters.deciding(deletions),
         }
     )[:_FINGERPRINT_DIGITS]
     target = layout.prepared(date, fingerprint)
@@ -115,10 +93,11 @@ def prepare_dataset(
         inputs,
         target.parent.parent / ".index",
         limits=Limits(parameters.max_line_bytes, parameters.max_depth),
+        screening=parameters.screening(deletions),
         workers=workers,
         on_progress=on_progress,
     )
-    return _publish(target, date, indexes, parameters, on_progress)
+    return _publish(target, date, indexes, parameters, deletions, on_progress)
 
 
 def load_prepared(path: Path) -> PreparedDataset:
@@ -156,35 +135,45 @@ def _fingerprints(
 
 
 def _publish(
-    target: Path, date: str, indexes: list[FileIndex], parameters: PrepareParameters, on_progress: Progress
+    target: Path,
+    date: str,
+    indexes: list[FileIndex],
+    parameters: PrepareParameters,
+    deletions: Deletions,
+    on_progress: Progress,
 ) -> PreparedDataset:
-    keep = first_occurrences(indexes)
+    selection = select_records(indexes, deletions, parameters.min_quality)
     total, done, start = sum(index.fingerprint.size for index in indexes), 0, 0
-    counts: Counter[str] = Counter()
     described: list[dict[str, Any]] = []
     # Whoever was first at the same inputs has published the same bytes.
     with contextlib.suppress(FileExistsError), publish_directory(target, kind=KIND, replace=target.exists()) as staging:
-        with (
-            (staging.path / "train.jsonl").open("wb", buffering=1 << 20) as train,
-            (staging.path / "eval.jsonl").open("wb", buffering=1 << 20) as held,
-            (staging.path / "rejects.jsonl").open("wb", buffering=1 << 20) as rejects,
-        ):
+        with contextlib.ExitStack() as files:
+
+            def output(name: str) -> BinaryIO:
+                return files.enter_context((staging.path / name).open("wb", buffering=1 << 20))
+
+            train, held, rejects = output("train.jsonl"), output("eval.jsonl"), output("rejects.jsonl")
+            findings = output("findings.jsonl") if parameters.sensitive_data != "off" else None
             for index in indexes:
-                kept = keep[start : start + index.records]
+                of_file = slice(start, start + index.records)
+                kept = selection.kept[of_file]
                 start += index.records
                 in_eval = held_out(index.rows()["prompt"], parameters.eval_fraction, parameters.salt)
                 copy_records(index, [(kept & ~in_eval, train), (kept & in_eval, held)])
-                copy_rejects(index, rejects)
-                of_file = {
-                    "lines": index.lines,
-                    "train": int((kept & ~in_eval).sum()),
-                    "eval": int((kept & in_eval).sum()),
-                    "duplicates": int((~kept).sum()),
-                    "rejected": index.rejected,
-                    "blank": index.blank,
-                }
-                counts.update(of_file)
-                described.append(_describe(index, of_file))
+                copy_entries(index, index.rejects_path, rejects)
+                if findings is not None:
+                    copy_entries(index, index.findings_path, findings)
+                counts = Counts(
+                    lines=index.lines,
+                    train=int((kept & ~in_eval).sum()),
+                    eval=int((kept & in_eval).sum()),
+                    duplicates=int(selection.duplicates[of_file].sum()),
+                    rejected=index.rejected,
+                    blank=index.blank,
+                    removed=int(selection.removed[of_file].sum()),
+                    filtered=int(selection.filtered[of_file].sum()),
+                )
+                described.append(_describe(index, counts))
                 done += index.fingerprint.size
                 on_progress(ProgressEvent("write", done, total, "bytes"))
         dataset = PreparedDataset(
@@ -192,38 +181,43 @@ def _publish(
             date=date,
             fingerprint=target.name,
             window_dates=sorted({index.file.date for index in indexes}),
-            counts=Counts(**counts),
+            counts=Counts(**{name: sum(entry[name] for entry in described) for name in Counts.model_fields}),
             rejects_by_reason=dict(sum((Counter(index.reasons) for index in indexes), Counter()).most_common()),
             rejects_by_file={index.file.name: index.rejected for index in indexes if index.rejected},
             records_by_file={entry["name"]: entry["train"] + entry["eval"] for entry in described},
+            sensitive_by_kind=dict(sum((Counter(index.findings) for index in indexes), Counter()).most_common()),
+            masked=sum(index.masked for index in indexes),
         )
         _check(dataset, indexes)
         staging.inputs = {"files": described}
-        staging.parameters = parameters.model_dump()
+        staging.parameters = parameters.deciding(deletions)
         staging.results = dataset.model_dump(mode="json", exclude={"path", "reused"})
     return dataset
 
 
-def _describe(index: FileIndex, counts: dict[str, int]) -> dict[str, Any]:
+def _describe(index: FileIndex, counts: Counts) -> dict[str, Any]:
     return {
         "name": index.file.name,
         "date": index.file.date,
         "size": index.fingerprint.size,
         "sha256": index.fingerprint.sha256,
-        **counts,
+        **counts.model_dump(),
         "reasons": index.reasons,
     }
 
 
 def _check(dataset: PreparedDataset, indexes: Sequence[FileIndex]) -> None:
     counts = dataset.counts
-    if counts.lines != counts.kept + counts.duplicates + counts.rejected + counts.blank:
+    if counts.lines != counts.accounted:
         raise AssertionError(f"lines were lost or counted twice: {counts!r}")
     if not counts.kept:
         reasons = ", ".join(f"{reason} {count}" for reason, count in dataset.rejects_by_reason.items()) or "none"
         examples = "; ".join(itertools.islice(_examples(indexes), _EXAMPLES))
         raise DatasetError(
-            f"none of the {counts.lines} lines is a record to train on ({counts.blank} blank; rejected: {reasons})"
+            f"none of the {counts.lines} lines is a record to train on ({counts.blank} blank; rejected: {reasons}"
+            + (f"; on the deletion list: {counts.removed}" if counts.removed else "")
+            + (f"; of too little quality, or without a number that says: {counts.filtered}" if counts.filtered else "")
+            + ")"
             + (
                 f", for example {examples}; all of them in {indexes[0].path.parent}/*/rejects.jsonl" if examples else ""
             ),

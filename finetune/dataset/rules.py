@@ -39,6 +39,7 @@ Reason = Literal[
     "no_user_turn",
     "no_assistant_turn",
     "last_turn_not_assistant",
+    "sensitive_data",
 ]
 Turn = tuple[str, str]
 

@@ -20,6 +20,7 @@ from xxhash import xxh3_64_intdigest, xxh3_128_digest
 from finetune.dataset.diagnosis import diagnose
 from finetune.dataset.reading import changed, opened, read_exactly
 from finetune.dataset.rules import RejectedError, Turn, checked_turns
+from finetune.dataset.screening import Screened, Screener, Screening
 
 # Changes whenever the same bytes could give another result: kept indexes are then made anew.
 RULES_VERSION = 1
@@ -53,6 +54,7 @@ class RangeTask:
     end: int
     block: int
     limits: Limits
+    screening: Screening | None = None
 
 
 @dataclass
@@ -60,7 +62,8 @@ class RangeScan:
     """What a range holds.
 
     `records` are packed `RECORD`s; `rejects` lines of JSON with offset, length, reason, field, position
-    and head, whose line numbers within the range, from 0, are in `reject_lines`.
+    and head, whose line numbers within the range, from 0, are in `reject_lines`. `screened` is what the
+    task's screening found, if it has one.
     """
 
     lines: int = 0
@@ -69,6 +72,13 @@ class RangeScan:
     rejects: list[bytes] = field(default_factory=list)
     reject_lines: list[int] = field(default_factory=list)
     reasons: Counter[str] = field(default_factory=Counter)
+    screened: Screened | None = None
+
+    def reject(self, number: int, error: RejectedError, line: bytes, offset: int, length: int, shift: int = 0) -> None:
+        """Count a line as rejected and say where and why; `shift` bytes precede what was parsed."""
+        self.reasons[error.reason] += 1
+        self.reject_lines.append(number)
+        self.rejects.append(_reject(line, offset, length, error, shift))
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,7 @@ def scan_range(task: RangeTask) -> RangeScan:
     found = _read_lines(task)
     scan = RangeScan(lines=len(found.lines))
     records: list[bytes] = []
+    screener = Screener(task.screening) if task.screening else None
     limits, offset, last = task.limits, found.offset, len(found.lines) - 1
     for number, line in enumerate(found.lines):
         length = len(line)
@@ -128,14 +139,24 @@ def scan_range(task: RangeTask) -> RangeScan:
                 terminated = found.terminated or number < last
                 content, prompt = content_key(_examine(body, length, terminated, limits))
             except RejectedError as error:
-                scan.reasons[error.reason] += 1
-                scan.reject_lines.append(number)
-                scan.rejects.append(_reject(line, offset, length, error, shift=start - offset))
+                scan.reject(number, error, line, offset, length, shift=start - offset)
                 offset += length + 1
                 continue
+        if screener is not None:
+            body = line[start - offset :][:kept]
+            try:
+                masked = screener.screen(body, line=number, offset=start, content=content)
+            except RejectedError as error:
+                # The line's head would show what nobody may see.
+                scan.reject(number, error, b"", offset, length)
+                offset += length + 1
+                continue
+            if masked is not None:
+                content, prompt = content_key(checked_turns(masked))
         records.append(RECORD.pack(xxh3_128_digest(content), xxh3_64_intdigest(prompt), start, kept))
         offset += length + 1
     scan.records = b"".join(records)
+    scan.screened = screener.result() if screener else None
     return scan
 
 

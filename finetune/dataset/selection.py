@@ -1,38 +1,78 @@
-"""Which records are kept, and on which side of the split: decided on hashes alone."""
+"""Which records are kept, and on which side of the split: decided on hashes and other kept keys alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from xxhash import xxh3_64_intdigest
 
+from finetune.dataset.deletions import Deletions, id_hashes
 from finetune.dataset.index import FileIndex
 
 # Hashes sorted at a time: about 50 MB.
 _PARTITION_RECORDS = 1 << 20
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What becomes of each record, in the order of files and lines: exactly one of these is true of it."""
+
+    kept: npt.NDArray[np.bool_]
+    duplicates: npt.NDArray[np.bool_]
+    removed: npt.NDArray[np.bool_]
+    filtered: npt.NDArray[np.bool_]
+
+
+def select_records(indexes: Sequence[FileIndex], deletions: Deletions, min_quality: float | None) -> Selection:
+    """Decide about every record; what is left out for another reason is nobody's first occurrence.
+
+    Args:
+        indexes: the files, in their order; screened for ids and quality where these are asked for.
+        deletions: what must not be learned.
+        min_quality: records of less quality, or without any, are left out; None for no such limit.
+    """
+    nothing = np.zeros(sum(index.records for index in indexes), np.bool_)
+    removed = deleted(indexes, deletions) if deletions else nothing
+    filtered = nothing
+    if min_quality is not None:
+        # NaN, which stands for none, is not at least anything.
+        filtered = ~(np.concatenate([index.keys()["quality"] for index in indexes]) >= min_quality)
+        filtered &= ~removed
+    left_out = removed | filtered
+    kept = first_occurrences(indexes, left_out)
+    return Selection(kept=kept, duplicates=~kept & ~left_out, removed=removed, filtered=filtered)
+
+
 def first_occurrences(
-    indexes: Sequence[FileIndex], partition_records: int = _PARTITION_RECORDS
+    indexes: Sequence[FileIndex],
+    passed_over: npt.NDArray[np.bool_],
+    partition_records: int = _PARTITION_RECORDS,
 ) -> npt.NDArray[np.bool_]:
     """Which records are the first with their content, over all files in their order.
 
     Memory does not grow with the hashes: those with the same leading bits are compared at a time.
 
+    Args:
+        indexes: the files.
+        passed_over: records that are not compared, and never first.
+        partition_records: how many records are compared at a time, about.
+
     Returns:
         One value a record, in the order of files and lines.
     """
     total = sum(index.records for index in indexes)
-    first = np.ones(total, np.bool_)
+    first = ~passed_over
     partitions = np.uint64(-(-total // partition_records))
     for partition in range(int(partitions)):
         contents, positions = [], []
         start = 0
         for index in indexes:
             content = np.asarray(index.rows()["content"])
-            here = np.flatnonzero(content[:, 0] % partitions == partition)
+            compared = first[start : start + index.records]
+            here = np.flatnonzero((content[:, 0] % partitions == partition) & compared)
             contents.append(content[here])
             positions.append(here + start)
             start += index.records
@@ -43,6 +83,31 @@ def first_occurrences(
         repeats = (content[1:] == content[:-1]).all(axis=1)
         first[position[order[1:]][repeats]] = False
     return first
+
+
+def deleted(indexes: Sequence[FileIndex], deletions: Deletions) -> npt.NDArray[np.bool_]:
+    """Which records are on the deletion list, or have the content of one whose id is.
+
+    Returns:
+        One value a record, in the order of files and lines.
+    """
+    ids = np.array(id_hashes(deletions), np.uint64)
+    contents = set(deletions.contents)
+    for index in indexes:
+        keys = index.keys()
+        contents |= {each.tobytes() for each in keys["arrived"][np.isin(keys["id"], ids)]}
+    # What was masked is known by both of its contents.
+    return np.concatenate(
+        [_among(index.keys()["arrived"], contents) | _among(index.rows()["content"], contents) for index in indexes]
+    )
+
+
+def _among(hashes: npt.NDArray[np.uint64], wanted: Collection[bytes]) -> npt.NDArray[np.bool_]:
+    halves = np.frombuffer(b"".join(sorted(wanted)), "<u8").reshape(-1, 2)
+    found = np.isin(hashes[:, 0], halves[:, 0])
+    for position in np.flatnonzero(found):
+        found[position] = hashes[position].tobytes() in wanted
+    return found
 
 
 def held_out(prompts: npt.NDArray[np.uint64], eval_fraction: float, salt: str) -> npt.NDArray[np.bool_]:

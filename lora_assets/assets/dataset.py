@@ -83,6 +83,9 @@ def merged_dataset(
             "duplicates": counts.duplicates,
             "rejected": counts.rejected,
             "blank": counts.blank,
+            "removed": counts.removed,
+            "filtered": counts.filtered,
+            "masked": prepared.masked,
             "lines": counts.lines,
             "window_dates": ", ".join(prepared.window_dates),
             "rejects_by_reason": table(
@@ -90,6 +93,9 @@ def merged_dataset(
             ),
             "rejects_by_file": table(
                 [{"file": file, "lines": lines} for file, lines in sorted(prepared.rejects_by_file.items())]
+            ),
+            "sensitive_by_kind": table(
+                [{"kind": kind, "records": count} for kind, count in sorted(prepared.sensitive_by_kind.items())]
             ),
             "rejects": path(prepared.rejects_path),
             "published": published_files(prepared.path),

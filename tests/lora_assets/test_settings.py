@@ -105,6 +105,26 @@ def test_the_recipe_follows_what_decides_the_training_alone(monkeypatch: pytest.
     assert load_settings().recipe != before
 
 
+def test_another_deletion_list_makes_dates_stale_and_options_that_are_off_do_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = load_settings().recipe
+    entries = tmp_path / "deletions.txt"
+    entries.write_text("# nobody yet\n")
+    monkeypatch.setenv("DELETION_LIST", "deletions.txt")
+    monkeypatch.setenv("QUALITY_FIELD", "meta.quality")
+    assert load_settings().prepare_parameters.deletion_list == entries
+    assert load_settings().recipe == before
+    entries.write_text("record-7\n")
+    with_one = load_settings().recipe
+    assert with_one != before
+    entries.write_text("record-8\n")
+    assert load_settings().recipe not in (before, with_one)
+    monkeypatch.setenv("MIN_QUALITY", "0.5")
+    assert load_settings().prepare_parameters.min_quality == 0.5
+    assert load_settings().prepare_parameters.quality_field == "meta.quality"
+
+
 def test_the_readme_tells_of_every_variable() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     missing = [name for name in Settings.model_fields if f"| `{name.upper()}` |" not in readme]

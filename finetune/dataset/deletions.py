@@ -1,0 +1,159 @@
+"""The deletion list: records that no dataset may hold from now on, and the versions that were trained on them.
+
+A text file in UTF-8 with one entry a line: a record's id as it stands in its id field (``id:`` may stand
+before it), or ``content:`` and the 32 hexadecimal digits of `content_hash`. Blank lines and lines that
+begin with ``#`` say nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+from pydantic import BaseModel, ConfigDict
+from xxhash import xxh3_128_digest
+
+from finetune.dataset.rules import checked_turns
+from finetune.dataset.scan import content_key
+from finetune.dataset.screening import hash_of_id, value_at
+from finetune.errors import ArtifactError, ConfigurationError
+from finetune.layout import DataLayout
+from finetune.publishing import is_complete, sha256_json
+from finetune.registry.models import RegisteredVersion
+
+_CONTENT = re.compile(r"content:([0-9a-f]{32})", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Deletions:
+    """Ids and content hashes of records that must not be learned."""
+
+    ids: frozenset[str] = frozenset()
+    contents: frozenset[bytes] = frozenset()
+
+    def __len__(self) -> int:
+        return len(self.ids) + len(self.contents)
+
+    @property
+    def fingerprint(self) -> str:
+        """The same for the same entries, in whatever order they stand."""
+        return sha256_json([sorted(self.ids), sorted(content.hex() for content in self.contents)])[:16]
+
+    def name(self, record: Mapping[str, Any], id_field: str) -> bool:
+        """Whether the record itself is on the list, by its id or its content."""
+        value = value_at(record, id_field)
+        known = (str(value) if type(value) is int else value) in self.ids if type(value) in (int, str) else False
+        return known or (bool(self.contents) and _digest(record) in self.contents)
+
+
+class Deletable(BaseModel):
+    """Records of a published dataset that the list names; lines count from 1, those held out were not learned."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    train_lines: list[int]
+    eval_lines: list[int]
+    # Versions of the registry that were trained on this dataset.
+    versions: list[str] = []
+
+
+def content_hash(record: Mapping[str, Any]) -> str:
+    """The 32 hexadecimal digits that name a record's content on the list.
+
+    Raises:
+        RejectedError: it is no record.
+    """
+    return _digest(record).hex()
+
+
+def read_deletions(path: Path) -> Deletions:
+    """Read a deletion list.
+
+    Raises:
+        ConfigurationError: there is no such file, it cannot be read, or an entry is malformed.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(
+            f"the deletion list cannot be read: {error}",
+            where=path,
+            remedy="Nothing is prepared without it: bring it back, or unset DELETION_LIST",
+        ) from error
+    ids, contents = set(), set()
+    for number, line in enumerate(lines, 1):
+        entry = line.strip()
+        if entry.lower().startswith("content:"):
+            match = _CONTENT.fullmatch(entry)
+            if match is None:
+                raise ConfigurationError(
+                    f"line {number} of the deletion list holds no content hash",
+                    where=path,
+                    remedy="Write content: and 32 hexadecimal digits; an id that begins so is written id:content:...",
+                )
+            contents.add(bytes.fromhex(match[1]))
+        elif entry and not entry.startswith("#"):
+            ids.add(entry.removeprefix("id:"))
+    return Deletions(frozenset(ids), frozenset(contents))
+
+
+def find_deletable(
+    layout: DataLayout, deletions: Deletions, versions: Iterable[RegisteredVersion] = (), *, id_field: str = "id"
+) -> list[Deletable]:
+    """Published datasets that hold what must not be learned, and the versions that were trained on them.
+
+    Every kept record is read again: what the datasets hold is the truth, whatever list they were made with.
+
+    Args:
+        layout: where the datasets lie.
+        deletions: the list.
+        versions: the registry's versions (`finetune.registry.store.list_versions`).
+        id_field: the field of a record's id, or its path such as ``meta.id``.
+
+    Raises:
+        ArtifactError: a line of a published dataset is no record.
+    """
+    trained: dict[str, list[str]] = {}
+    for version in versions:
+        trained.setdefault(str(version.lineage.get("dataset_fingerprint")), []).append(version.version)
+    found = []
+    for path in sorted(layout.prepared("*", "*").parent.parent.glob("[!.]*/[!.]*")):
+        if is_complete(path):
+            train, held = (list(_named(path / name, deletions, id_field)) for name in ("train.jsonl", "eval.jsonl"))
+            if train or held:
+                learned = trained.get(path.name, []) if train else []
+                found.append(Deletable(path=path, train_lines=train, eval_lines=held, versions=learned))
+    return found
+
+
+def versions_trained_on(found: Sequence[Deletable]) -> list[str]:
+    """The versions that learned what is on the list, ``v2`` before ``v10``."""
+    return sorted({version for each in found for version in each.versions}, key=lambda version: int(version[1:]))
+
+
+def id_hashes(deletions: Deletions) -> list[int]:
+    """The ids as an index keeps them."""
+    return [hash_of_id(value) for value in deletions.ids]
+
+
+def _digest(record: Mapping[str, Any]) -> bytes:
+    return xxh3_128_digest(content_key(checked_turns(record))[0])
+
+
+def _named(path: Path, deletions: Deletions, id_field: str) -> Iterator[int]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                if deletions.name(orjson.loads(line), id_field):
+                    yield number
+            except ValueError as error:
+                raise ArtifactError(
+                    f"line {number} of a published dataset is no record: {error}",
+                    where=path,
+                    remedy="Delete its directory and prepare the dataset again",
+                ) from error
