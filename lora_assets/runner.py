@@ -11,7 +11,9 @@ import dagster as dg
 from dagster_shared.error import SerializableErrorInfo
 from pydantic import BaseModel, ConfigDict
 
+from finetune.dataset.discovery import discover_exports
 from lora_assets.settings import Settings
+from sensors.export_arrival import arrival
 
 DAGSTER_YAML = Path(__file__).with_name("dagster.yaml")
 
@@ -102,6 +104,7 @@ def run_date(
     started = time.monotonic()
     with dg.DagsterInstance.get() as instance:
         instance.add_dynamic_partitions(str(dataset_dates.name), [date])
+        _report_arrival(instance, settings, date)
         job = defs.resolve_job_def(train_and_export.name)
         result = job.execute_in_process(
             instance=instance,
@@ -115,10 +118,26 @@ def run_date(
     return outcome
 
 
+def _report_arrival(instance: dg.DagsterInstance, settings: Settings, date: str) -> None:
+    """Tell the lineage of the date's exports, unless the sensor or an earlier run told of the very same."""
+    from lora_assets.assets import dataset
+
+    files = [file for file in discover_exports(settings.exports, settings.pattern) if file.date == date]
+    if not files:
+        return
+    event = arrival(dataset.brain_exports.key, date, files)
+    known = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=event.asset_key, asset_partitions=[date]), limit=1
+    ).records
+    told = known[0].asset_materialization if known else None
+    if told is None or (told.tags or {}).get("dagster/data_version") != (event.tags or {})["dagster/data_version"]:
+        instance.report_runless_asset_event(event)
+
+
 def _cause(error: SerializableErrorInfo) -> str:
     """What the step raised, without Dagster's wrapping and the name of its class."""
-    while str(error.cls_name).startswith("Dagster") and error.cause is not None:
-        error = error.cause
+    while str(error.cls_name).startswith(("Dagster", "RetryRequested")) and (error.cause or error.context):
+        error = error.cause or error.context or error
     return error.message.strip().splitlines()[0].split(": ", 1)[-1]
 
 
@@ -145,7 +164,15 @@ def _outcome(date: str, success: bool, run_id: str, events: Sequence[dg.DagsterE
     errors = [
         f"{event.step_key}: {_cause(event.step_failure_data.error)}"
         for event in events
-        if event.is_step_failure and event.step_failure_data.error
+        if event.is_step_failure
+        and event.step_failure_data.error
+        # Its own description says more than Dagster's word that it failed.
+        and event.step_failure_data.error.cls_name != "DagsterAssetCheckFailedError"
+    ]
+    errors += [
+        f"{check.check_name}: {check.description}"
+        for check in checks
+        if not check.passed and check.severity == dg.AssetCheckSeverity.ERROR
     ]
     return DateOutcome(
         date=date,
@@ -154,5 +181,5 @@ def _outcome(date: str, success: bool, run_id: str, events: Sequence[dg.DagsterE
         seconds=seconds,
         steps=steps,
         failed_checks=failed,
-        error=None if success else "; ".join(errors or failed or ["the run failed; see the Dagster UI"]),
+        error=None if success else "; ".join(errors or ["see the Dagster UI"]),
     )

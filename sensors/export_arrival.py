@@ -64,6 +64,26 @@ def fingerprints_by_date(files: Sequence[ExportFile]) -> dict[str, str]:
     return {date: stat_fingerprint(list(group)) for date, group in groupby(files, key=lambda file: file.date)}
 
 
+def arrival(exports: dg.AssetKey, date: str, files: Sequence[ExportFile]) -> dg.AssetMaterialization:
+    """The external asset's materialization for one date.
+
+    Args:
+        exports: the external asset.
+        date: the dataset date.
+        files: that date's own files.
+    """
+    return dg.AssetMaterialization(
+        asset_key=exports,
+        partition=date,
+        metadata={
+            "files": ", ".join(file.name for file in files),
+            "bytes": sum(file.size for file in files),
+            "directory": dg.MetadataValue.path(str(files[0].path.parent)),
+        },
+        tags={"dagster/data_version": stat_fingerprint(files)},
+    )
+
+
 def build_export_arrival_sensor(
     *,
     job_name: str,
@@ -104,22 +124,14 @@ def build_export_arrival_sensor(
             context.log.warning(f"the exports of {date} are gone from {directory}; what was made from them stays")
         for date in decision.waiting:
             context.log.info(f"{date}: new or still being written, looked at again in the next tick")
-        names = {date: [file.name for file in group] for date, group in groupby(files, key=lambda file: file.date)}
+        files_of = {date: list(group) for date, group in groupby(files, key=lambda file: file.date)}
         return dg.SensorResult(
             run_requests=[
                 dg.RunRequest(run_key=f"{date}-{fingerprint}", partition_key=date)
                 for date, fingerprint in decision.ready.items()
             ],
             dynamic_partitions_requests=[partitions.build_add_request(list(decision.ready))] if decision.ready else [],
-            asset_events=[
-                dg.AssetMaterialization(
-                    asset_key=exports,
-                    partition=date,
-                    metadata={"files": ", ".join(names[date]), "directory": dg.MetadataValue.path(str(directory))},
-                    tags={"dagster/data_version": fingerprint},
-                )
-                for date, fingerprint in decision.ready.items()
-            ],
+            asset_events=[arrival(exports, date, files_of[date]) for date in decision.ready],
             cursor=decision.cursor.model_dump_json(),
             skip_reason=None if decision.ready else "no date became ready",
         )

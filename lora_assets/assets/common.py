@@ -2,12 +2,14 @@
 
 import base64
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
 import dagster as dg
 
-from finetune.errors import ConfigurationError
+from finetune.errors import ConfigurationError, PermanentError
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import read_manifest
 from lora_assets.partitions import dataset_dates
@@ -54,6 +56,15 @@ def log_progress(context: dg.AssetExecutionContext | dg.AssetCheckExecutionConte
             context.log.info(str(event))
 
     return report
+
+
+@contextmanager
+def no_retry_if_permanent() -> Iterator[None]:
+    """End the step at once where trying again cannot help; passing errors are left to its retry policy."""
+    try:
+        yield
+    except PermanentError as error:
+        raise dg.Failure(description=str(error), allow_retries=False) from error
 
 
 def choice(type_of_choice: Any, name: str, value: str) -> Any:

@@ -28,6 +28,7 @@ from lora_assets.assets.common import (
     key,
     log_progress,
     made_from,
+    no_retry_if_permanent,
     path,
     picture,
     published_files,
@@ -132,7 +133,8 @@ def adapter(
     from finetune.training.plots import loss_curve_png
 
     report = log_progress(context)
-    base = base_model.resolve(report)
+    with no_retry_if_permanent():
+        base = base_model.resolve(report)
     run_id = training_run_id(
         date=context.partition_key,
         dataset_fingerprint=merged_dataset.fingerprint,
@@ -149,7 +151,8 @@ def adapter(
         adapter_dir=store.layout.adapter(run_id),
         work_dir=store.layout.work(run_id),
     )
-    result = _train(context, trainer, run_log, request, report)
+    with no_retry_if_permanent():
+        result = _train(context, trainer, run_log, request, report)
     return dg.MaterializeResult(
         value=result,
         data_version=dg.DataVersion(result.adapter_hash or run_id),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import httpx
 import pytest
@@ -165,9 +166,9 @@ def test_a_person_sees_the_lineage_and_an_assets_figures_in_a_browser(
             executable_path=CHROMIUM,
             args=["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"],
         )
-        page = browser.new_page(viewport={"width": 1600, "height": 900})
-        page.goto(f"{dev.url}/asset-groups")
-        page.get_by_role("button", name="Skip").click(timeout=60_000)
+        page = browser.new_page(viewport={"width": 1900, "height": 900})
+        groups = ",".join(f"global@global:{group}" for group in ("dataset", "training", "export"))
+        page.goto(f"{dev.url}/asset-groups?expanded={quote(groups)}")
         for name in ("brain_exports", "merged_dataset", "adapter", "gguf", "lmstudio_export"):
             expect(page.get_by_text(name, exact=True).first).to_be_visible(timeout=60_000)
         page.wait_for_timeout(2000)
