@@ -34,6 +34,12 @@ def _default_data_root() -> Path:
     return Path("/data") if on_kubernetes() else Path("data")
 
 
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """``a=b,c=d`` as pairs."""
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    return [(name.strip(), value.strip()) for name, _, value in pairs]
+
+
 class Settings(BaseSettings):
     """Every environment variable that lora-assets reads; a field's name in capitals is the variable's.
 
@@ -113,6 +119,19 @@ class Settings(BaseSettings):
     database_url: SecretStr | None = Field(
         None, description="PostgreSQL of the run log; unset: an embedded server under DATA_ROOT."
     )
+    samples_database_url: SecretStr | None = Field(
+        None, description="PostgreSQL of the loop's samples, for export-samples; unset: DATABASE_URL."
+    )
+    samples_table: str = Field(
+        "brain_training_samples", min_length=1, description="Table of the loop's samples; a schema may precede it."
+    )
+    samples_columns: str = Field(
+        "id=id,instruction=instruction,input=input,output=output",
+        description="Comma-separated field=column: a record's fields and the table's columns.",
+    )
+    samples_time_column: str = Field(
+        "created_at", min_length=1, description="The column that says when a sample was made."
+    )
     sensor_interval_seconds: int = Field(30, ge=1, description="Time between two looks at the exports directory.")
     retrain: Literal["newest", "all"] = Field(
         "newest", description="Which dates train again when older data changed: the newest affected, or all."
@@ -127,6 +146,16 @@ class Settings(BaseSettings):
         if unknown:
             raise ValueError(f"unknown target {', '.join(unknown)}; allowed: {', '.join(allowed)}")
         return ",".join(targets)
+
+    @field_validator("samples_columns")
+    @classmethod
+    def _mapped_once(cls, value: str) -> str:
+        fields = [field for field, _ in _pairs(value)]
+        if not fields or not all(field and column for field, column in _pairs(value)):
+            raise ValueError("write field=column, comma-separated, such as instruction=question,output=answer")
+        if len(set(fields)) < len(fields):
+            raise ValueError("a field stands there twice")
+        return value
 
     @field_validator("data_root", "exports_dir", "deletion_list")
     @classmethod
@@ -161,6 +190,17 @@ class Settings(BaseSettings):
     def targets(self) -> list[str]:
         """The serving exports asked for."""
         return [target for target in self.export_targets.split(",") if target]
+
+    @property
+    def sample_columns(self) -> dict[str, str]:
+        """A record's fields and the columns of the loop's table that hold them."""
+        return dict(_pairs(self.samples_columns))
+
+    @property
+    def samples_url(self) -> str | None:
+        """The server of the loop's samples, if one is named."""
+        url = self.samples_database_url or self.database_url
+        return url.get_secret_value() if url else None
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

@@ -9,7 +9,7 @@ import warnings
 import typer
 from dagster_shared.utils.warnings import PreviewWarning
 
-from lora_assets.cli import demo, registry, run, show, tools
+from lora_assets.cli import demo, registry, run, samples, show, tools
 
 app = typer.Typer(
     name="lora-assets",
@@ -24,6 +24,9 @@ app.command(epilog="Example: lora-assets config --json")(show.config)
 app.command(epilog="Example: lora-assets runs --limit 5 --json")(show.runs)
 app.add_typer(tools.dataset_app, name="dataset")
 app.add_typer(registry.app, name="registry")
+app.command("export-samples", epilog="Example: lora-assets export-samples --since 2026-06-01 --until 2026-06-02")(
+    samples.export_samples
+)
 app.command(epilog="Example: lora-assets plan --base-model llama3-8b --vram-limit-gb 24")(tools.plan)
 app.command(epilog="Example: lora-assets train --base-model llama3-8b --dataset train.jsonl --output a")(tools.train)
 app.command(epilog="Example: lora-assets evaluate --adapter A --dataset eval.jsonl --output report")(tools.evaluate)

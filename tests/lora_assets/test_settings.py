@@ -50,6 +50,9 @@ def test_every_name_of_the_specification_is_read_as_it_stands_there(monkeypatch:
         ("DATASET_WINDOW", "last:x", ["DATASET_WINDOW=last:x", "all|date|last"]),
         ("GGUF_QUANTIZATION", "Q3", ["GGUF_QUANTIZATION=Q3", "Q4_K_M"]),
         ("PIPELINE_NAME", "../brain", ["PIPELINE_NAME=../brain"]),
+        ("SAMPLES_COLUMNS", "id", ["SAMPLES_COLUMNS=id", "field=column"]),
+        ("SAMPLES_COLUMNS", "id=a,id=b", ["SAMPLES_COLUMNS=id=a,id=b", "twice"]),
+        ("SENSITIVE_DATA", "hide", ["SENSITIVE_DATA=hide", "mask"]),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(
