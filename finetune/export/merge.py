@@ -8,8 +8,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from finetune.adapter_files import adapter_hash
 from finetune.errors import ArtifactError, BaseModelError
-from finetune.export.adapter import adapter_digest, is_plain_lora, read_adapter_config, read_lora_pairs
+from finetune.export.adapter import is_plain_lora, read_lora_pairs, read_peft_config
 from finetune.export.merge_check import check_merge
 from finetune.export.models import MergedModel
 from finetune.export.peft_merge import merge_through_peft, refuse_unmergeable
@@ -70,11 +71,11 @@ def merge_adapter(
         ArtifactError: the adapter is incomplete.
         StorageFullError: the disk is full.
     """
-    config = read_adapter_config(adapter_path)
+    config = read_peft_config(adapter_path)
     refuse_unmergeable(config, adapter_path)
     inputs = {
         "base_model": base_model.fingerprint,
-        "adapter": adapter_digest(adapter_path),
+        "adapter": adapter_hash(adapter_path),
         "output_format": output_format,
     }
     if reused := _find_complete(output_dir, inputs, validated=validate_on is not None):

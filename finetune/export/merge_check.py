@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.adapter_files import adapter_hash
 from finetune.errors import ExportError
-from finetune.export.adapter import adapter_digest
 from finetune.export.prompts import encode_prompts, greedy_tokens
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def check_merge(*, base_model: BaseModelRef, adapter_path: Path, merged_path: Pa
 
     if not prompts:
         raise ValueError("check_merge needs at least one prompt")
-    adapter_digest(adapter_path)
+    adapter_hash(adapter_path)
     remedy = "Delete the directory and merge again"
     try:
         tokenizer = AutoTokenizer.from_pretrained(merged_path, local_files_only=True)

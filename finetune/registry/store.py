@@ -18,6 +18,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune.adapter_files import adapter_hash as hash_adapter
+from finetune.adapter_files import read_adapter_config
 from finetune.errors import ArtifactError, full_disk_named
 from finetune.publishing import (
     MANIFEST_NAME,
@@ -30,8 +32,6 @@ from finetune.publishing import (
     sha256_file,
     write_json_atomically,
 )
-from finetune.registry.hashing import adapter_hash as hash_adapter
-from finetune.registry.hashing import read_adapter_config
 from finetune.registry.history import read_events, reigns
 from finetune.registry.models import Event, ExperimentManifest, RegisteredVersion, Status
 from finetune.registry.provenance import describe_process
@@ -62,7 +62,7 @@ def register_adapter(
     Args:
         registry: the registry's directory, made on first use.
         adapter_path: the adapter in PEFT's layout, safetensors only.
-        adapter_hash: its hash as training reported it (`finetune.registry.hashing.adapter_hash`).
+        adapter_hash: its hash as training reported it (`finetune.adapter_files.adapter_hash`).
         trial_id: the trial that made it.
         run_id: the training's id.
         metrics: figures to show beside the version.

@@ -14,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.adapter_files import adapter_hash
 from finetune.chat.encode import RecordEncoder
 from finetune.errors import StorageFullError, TrainingError, TransientError
 from finetune.planning.model_config import read_model_shape
 from finetune.planning.models import TrialConfig
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest
-from finetune.training.adapter_hash import adapter_hash
 from finetune.training.adapters import (
     load_base_model,
     peft_config,

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from finetune.adapter_files import CONFIG_NAME, adapter_hash
 from finetune.errors import TrainingError
 from finetune.planning.models import TrialConfig
 from finetune.publishing import publish_directory, read_manifest, write_json_atomically
-from finetune.registry.hashing import CONFIG_NAME, adapter_hash
 from finetune.training.card import model_card
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
 from finetune.training.plots import loss_curve_png

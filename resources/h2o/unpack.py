@@ -7,8 +7,8 @@ import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from finetune.errors import TrainingError, full_disk_named
-from finetune.registry.hashing import CONFIG_NAME, WEIGHTS_NAME
 from resources.h2o.protocol import Limits
 
 LOG_NAME = "training_log.jsonl"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from finetune.adapter_files import WEIGHTS_NAME, adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
 from finetune.errors import ArtifactError, BaseModelError, DatasetError
@@ -18,7 +19,6 @@ from finetune.evaluation.evaluate import evaluate_adapter
 from finetune.evaluation.models import ChampionRef, EvalReport
 from finetune.progress import ProgressEvent
 from finetune.publishing import read_manifest
-from finetune.registry.hashing import WEIGHTS_NAME, adapter_hash
 
 MakeAdapter = Callable[..., Path]
 

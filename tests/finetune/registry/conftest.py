@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from finetune.registry.hashing import adapter_hash
+from finetune.adapter_files import adapter_hash
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.store import register_adapter
 

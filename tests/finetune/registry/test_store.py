@@ -16,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from finetune.adapter_files import WEIGHTS_NAME, adapter_hash
 from finetune.errors import ArtifactError, StorageFullError
 from finetune.publishing import MANIFEST_NAME, publish_directory, read_manifest
-from finetune.registry.hashing import WEIGHTS_NAME, adapter_hash
 from finetune.registry.models import Decision, RegisteredVersion
 from finetune.registry.promotion import promote, settle
 from finetune.registry.store import (
@@ -144,7 +144,7 @@ def test_a_version_that_is_not_there_is_answered_with_those_that_are(
 WRITER = """
 import sys
 from pathlib import Path
-from finetune.registry.hashing import adapter_hash
+from finetune.adapter_files import adapter_hash
 from finetune.registry.store import register_adapter
 
 registry, adapters, barrier = Path(sys.argv[1]), sys.argv[3:], Path(sys.argv[2])
@@ -198,7 +198,7 @@ import sys, time
 from pathlib import Path
 from finetune import publishing
 from finetune.registry import store
-from finetune.registry.hashing import adapter_hash
+from finetune.adapter_files import adapter_hash
 
 registry, adapter, marker, module, name = map(str, sys.argv[1:])
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from finetune.adapter_files import adapter_hash
 from finetune.progress import ProgressEvent
 from finetune.publishing import read_manifest
-from finetune.training.adapter_hash import adapter_hash
 from finetune.training.models import TrainingRequest, TrainingResult
 from finetune.training.sft import dry_run, train_adapter
 

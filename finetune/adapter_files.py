@@ -1,4 +1,4 @@
-"""What makes two adapters the same: SHA-256 over weights and configuration in canonical order."""
+"""An adapter in PEFT's layout as it lies on disk: its configuration, and the hash that makes two the same."""
 
 from __future__ import annotations
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from finetune.adapter_files import WEIGHTS_NAME, adapter_hash
 from finetune.errors import ArtifactError
-from finetune.training.adapter_hash import adapter_hash
 
 
 def write_adapter(directory: Path, tensors: dict[str, Any], **config: Any) -> Path:
@@ -50,8 +50,10 @@ def test_weights_and_configuration_matter(tmp_path: Path) -> None:
     assert len(hashes) == 4
 
 
-def test_a_damaged_adapter_has_no_hash(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [0, 4, 8, 40, -10])
+def test_weights_that_end_too_early_are_named(size: int, tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "one", tensors())
-    (adapter / "adapter_model.safetensors").write_bytes(b"short")
-    with pytest.raises(ArtifactError, match="cannot be read"):
+    weights = adapter / WEIGHTS_NAME
+    weights.write_bytes(weights.read_bytes()[:size])
+    with pytest.raises(ArtifactError, match=r"damaged.*adapter_model\.safetensors"):
         adapter_hash(adapter)
