@@ -15,13 +15,13 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from finetune.adapter_files import adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.dataset.models import Counts, PreparedDataset
 from finetune.errors import ConfigurationError, FinetuneError, RemoteError, StorageFullError, TrainingError
 from finetune.planning.models import MemoryEstimate, TrainingPlan, TrialConfig
 from finetune.progress import ProgressEvent
 from finetune.publishing import is_complete, read_manifest
-from finetune.registry.hashing import adapter_hash
 from finetune.training.models import TrainingRequest, TrainingResult
 from resources.h2o.protocol import Limits, Protocol, Timing
 from resources.h2o_trainer import H2OTrainer
