@@ -12,6 +12,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from finetune.dataset.near import NearMode
 from finetune.dataset.parameters import PLAIN, PrepareParameters
 from finetune.dataset.screening import SensitiveMode
 from finetune.errors import ConfigurationError
@@ -91,6 +92,10 @@ class Settings(BaseSettings):
     )
     sensitive_data: SensitiveMode = Field(
         "off", description="Look for secrets and personal data: off, report, mask or reject (the record)."
+    )
+    near_duplicates: NearMode = Field("off", description="Look for near-duplicates: off, report or drop.")
+    near_threshold: float = Field(
+        0.8, ge=0.7, le=1, description="Least similarity of near-duplicates: Jaccard, of three-word shingles."
     )
 
     training_method: Method = Field("lora", description="lora, qlora (4-bit base), prefix or ia3.")
@@ -249,6 +254,8 @@ class Settings(BaseSettings):
             min_quality=self.min_quality,
             quality_field=self.quality_field,
             sensitive_data=self.sensitive_data,
+            near_duplicates=self.near_duplicates,
+            near_threshold=self.near_threshold,
         )
 
 

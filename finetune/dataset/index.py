@@ -3,7 +3,8 @@
 An index is a published directory of ``records.bin`` (packed `finetune.dataset.scan.RECORD`s in the order of
 the file) and ``rejects.jsonl``. It does not know the file's name or date, nor how records are split. A dataset
 that screens its records has indexes of its own, which hold what `finetune.dataset.screening` found too:
-``keys.bin``, ``findings.jsonl``, and ``masked.jsonl`` with each masked record's number in ``masked.bin``.
+``keys.bin``, ``bands.bin``, ``findings.jsonl``, and ``masked.jsonl`` with each masked record's number in
+``masked.bin``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune.dataset.discovery import ExportFile
+from finetune.dataset.near import BANDS
 from finetune.dataset.reading import Fingerprint, changed, opened
 from finetune.dataset.scan import RECORD, RULES_VERSION, Limits, RangeScan, RangeTask
 from finetune.dataset.screening import KEY_COLUMNS, Screened, Screening
@@ -70,6 +72,12 @@ class FileIndex:
         if not self.records:
             return np.empty(0, KEY_COLUMNS)
         return np.memmap(self.path / "keys.bin", KEY_COLUMNS, mode="r")
+
+    def bands(self) -> npt.NDArray[np.uint64]:
+        """The records' hashes that near-duplicates share, of shape (records, bands), mapped from the disk."""
+        if not self.records:
+            return np.empty((0, BANDS), np.uint64)
+        return np.memmap(self.path / "bands.bin", "<u8", mode="r").reshape(-1, BANDS)
 
     @property
     def findings_path(self) -> Path:
@@ -221,6 +229,8 @@ class _ScreenedFiles(contextlib.ExitStack):
     def write(self, found: Screened, lines: int, records: int) -> None:
         """Append what a range holds that begins after so many lines and records."""
         self._file("keys.bin").write(found.keys)
+        if found.bands:
+            self._file("bands.bin").write(found.bands)
         for number, finding in zip(found.finding_lines, found.findings, strict=True):
             self._file("findings.jsonl").write(_numbered(lines + number + 1, finding))
         for number, line in found.masked:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict
 class Counts(BaseModel):
     """Where every line went: each of them is counted once, and `lines` is the sum of all the others.
 
-    `removed` are on the deletion list, `filtered` are below the quality asked for.
+    `removed` are on the deletion list, `filtered` are below the quality asked for, `near_duplicates` were dropped.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -23,11 +23,13 @@ class Counts(BaseModel):
     blank: int
     removed: int = 0
     filtered: int = 0
+    near_duplicates: int = 0
 
     @property
     def accounted(self) -> int:
         """The sum that must be `lines`."""
-        return self.kept + self.duplicates + self.rejected + self.blank + self.removed + self.filtered
+        left_out = self.duplicates + self.near_duplicates + self.removed + self.filtered
+        return self.kept + left_out + self.rejected + self.blank
 
     @property
     def kept(self) -> int:
@@ -53,6 +55,9 @@ class PreparedDataset(BaseModel):
     sensitive_by_kind: dict[str, int] = {}
     # Records, duplicates included, that were written anew without their sensitive data.
     masked: int = 0
+    # Near-duplicates on one side, dropped or not, and held-out records that are near to one trained on.
+    near_duplicates_found: int = 0
+    near_leaks: int = 0
     # names, sizes and times of the exports when they were read; empty where nobody asked
     stat_fingerprint: str = ""
     reused: bool = False
@@ -76,6 +81,11 @@ class PreparedDataset(BaseModel):
     def findings_path(self) -> Path:
         """Where sensitive data was looked for: one JSON object a line that held some, without it."""
         return self.path / "findings.jsonl"
+
+    @property
+    def near_duplicates_path(self) -> Path:
+        """Where near-duplicates were looked for: one JSON object a pair."""
+        return self.path / "near_duplicates.jsonl"
 
 
 class Truncation(BaseModel):

@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from finetune.dataset.deletions import Deletions, read_deletions
+from finetune.dataset.near import NearMode
+from finetune.dataset.near import rules as near_rules
 from finetune.dataset.scan import DEFAULT_LIMITS
 from finetune.dataset.screening import Screening, SensitiveMode
 from finetune.dataset.sensitive import rules as sensitive_rules
@@ -49,6 +51,10 @@ class PrepareParameters(BaseModel):
     sensitive_data: SensitiveMode = Field(
         default="off", description="Look for secrets and personal data: report, mask or reject them"
     )
+    near_duplicates: NearMode = Field(default="off", description="Look for near-duplicates: report or drop them")
+    near_threshold: float = Field(
+        default=0.8, ge=0.7, le=1, description="Least Jaccard similarity of near-duplicates' three-word shingles"
+    )
 
     def deletions(self) -> Deletions:
         """The deletion list; empty without one.
@@ -60,14 +66,14 @@ class PrepareParameters(BaseModel):
 
     def screening(self, deletions: Deletions) -> Screening | None:
         """What to look for in records, if anything."""
-        if not deletions and self.min_quality is None and self.sensitive_data == "off":
-            return None
-        return Screening(
+        screening = Screening(
             id_field=self.id_field if deletions.ids else None,
             quality_field=None if self.min_quality is None else self.quality_field,
             sensitive=self.sensitive_data,
-            rules="" if self.sensitive_data == "off" else sensitive_rules(),
+            near=self.near_duplicates != "off",
+            rules=self._rules(),
         )
+        return screening if deletions or screening != Screening() else None
 
     def deciding(self, deletions: Deletions) -> dict[str, Any]:
         """What a dataset depends on, as JSON values: the deletion list by its entries, no option that is off."""
@@ -78,5 +84,11 @@ class PrepareParameters(BaseModel):
         if self.min_quality is not None:
             chosen |= {"min_quality": self.min_quality, "quality_field": self.quality_field}
         if self.sensitive_data != "off":
-            chosen |= {"sensitive_data": self.sensitive_data, "sensitive_rules": sensitive_rules()}
-        return chosen
+            chosen["sensitive_data"] = self.sensitive_data
+        if self.near_duplicates != "off":
+            chosen |= {"near_duplicates": self.near_duplicates, "near_threshold": self.near_threshold}
+        return chosen | ({"rules": list(rules)} if (rules := self._rules()) else {})
+
+    def _rules(self) -> tuple[str, ...]:
+        sensitive = (sensitive_rules(),) if self.sensitive_data != "off" else ()
+        return (*sensitive, near_rules()) if self.near_duplicates != "off" else sensitive

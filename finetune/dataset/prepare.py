@@ -22,11 +22,13 @@ from finetune.dataset.copying import copy_entries, copy_records
 from finetune.dataset.deletions import Deletions
 from finetune.dataset.discovery import ExportFile, window_of
 from finetune.dataset.index import FileIndex, index_files
+from finetune.dataset.lookup import RecordReader
 from finetune.dataset.models import Counts, PreparedDataset
+from finetune.dataset.near import NearDuplicate
 from finetune.dataset.parameters import PrepareParameters
 from finetune.dataset.reading import Fingerprint, fingerprint_file
 from finetune.dataset.scan import RULES_VERSION, Limits
-from finetune.dataset.selection import held_out, select_records
+from finetune.dataset.selection import select_records
 from finetune.errors import ArtifactError, DatasetError
 from finetune.layout import DataLayout
 from finetune.progress import Progress, ProgressEvent, ignore_progress
@@ -142,7 +144,7 @@ def _publish(
     deletions: Deletions,
     on_progress: Progress,
 ) -> PreparedDataset:
-    selection = select_records(indexes, deletions, parameters.min_quality)
+    selection = select_records(indexes, deletions, parameters)
     total, done, start = sum(index.fingerprint.size for index in indexes), 0, 0
     described: list[dict[str, Any]] = []
     # Whoever was first at the same inputs has published the same bytes.
@@ -154,11 +156,13 @@ def _publish(
 
             train, held, rejects = output("train.jsonl"), output("eval.jsonl"), output("rejects.jsonl")
             findings = output("findings.jsonl") if parameters.sensitive_data != "off" else None
+            if parameters.near_duplicates != "off":
+                _write_pairs(selection.near, RecordReader(indexes), output("near_duplicates.jsonl"))
             for index in indexes:
                 of_file = slice(start, start + index.records)
                 kept = selection.kept[of_file]
                 start += index.records
-                in_eval = held_out(index.rows()["prompt"], parameters.eval_fraction, parameters.salt)
+                in_eval = selection.in_eval[of_file]
                 copy_records(index, [(kept & ~in_eval, train), (kept & in_eval, held)])
                 copy_entries(index, index.rejects_path, rejects)
                 if findings is not None:
@@ -172,6 +176,7 @@ def _publish(
                     blank=index.blank,
                     removed=int(selection.removed[of_file].sum()),
                     filtered=int(selection.filtered[of_file].sum()),
+                    near_duplicates=int(selection.near_duplicates[of_file].sum()),
                 )
                 described.append(_describe(index, counts))
                 done += index.fingerprint.size
@@ -187,12 +192,25 @@ def _publish(
             records_by_file={entry["name"]: entry["train"] + entry["eval"] for entry in described},
             sensitive_by_kind=dict(sum((Counter(index.findings) for index in indexes), Counter()).most_common()),
             masked=sum(index.masked for index in indexes),
+            near_duplicates_found=sum(not pair.across for pair in selection.near),
+            near_leaks=sum(pair.across for pair in selection.near),
         )
         _check(dataset, indexes)
         staging.inputs = {"files": described}
         staging.parameters = parameters.deciding(deletions)
         staging.results = dataset.model_dump(mode="json", exclude={"path", "reused"})
     return dataset
+
+
+def _write_pairs(pairs: Sequence[NearDuplicate], records: RecordReader, output: BinaryIO) -> None:
+    for pair in pairs:
+        entry = {
+            **records.place(pair.record),
+            "near": records.place(pair.other),
+            "similarity": round(pair.similarity, 4),
+            "relation": "held out and trained on" if pair.across else "same side",
+        }
+        output.write(orjson.dumps(entry) + b"\n")
 
 
 def _describe(index: FileIndex, counts: Counts) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import numpy as np
 import orjson
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
-from finetune.dataset.rules import RejectedError
+from finetune.dataset.near import bands, shingles
+from finetune.dataset.rules import RejectedError, checked_turns
 from finetune.dataset.sensitive import find_sensitive, masked
 
 SensitiveMode = Literal["off", "report", "mask", "reject"]
@@ -29,23 +30,26 @@ KEY_COLUMNS = np.dtype([("arrived", "<u8", (2,)), ("id", "<u8"), ("quality", "<f
 
 @dataclass(frozen=True)
 class Screening:
-    """What to look for: fields may be paths such as ``meta.quality``; `rules` are those of sensitive data."""
+    """What to look for: fields may be paths such as ``meta.quality``; `rules` are those of what is looked for."""
 
     id_field: str | None = None
     quality_field: str | None = None
     sensitive: SensitiveMode = "off"
-    rules: str = ""
+    near: bool = False
+    rules: tuple[str, ...] = ()
 
 
 @dataclass
 class Screened:
     """What was found in a range.
 
-    `keys` are packed `KEYS`, one a record. `findings` are lines of JSON, with the lines' numbers within the
-    range beside them. `masked` are records written anew, with their numbers among the range's records.
+    `keys` are packed `KEYS`, one a record, and `bands` those of `finetune.dataset.near`. `findings` are lines
+    of JSON, with the lines' numbers within the range beside them. `masked` are records written anew, with
+    their numbers among the range's records.
     """
 
     keys: bytes = b""
+    bands: bytes = b""
     findings: list[bytes] = field(default_factory=list)
     finding_lines: list[int] = field(default_factory=list)
     kinds: Counter[str] = field(default_factory=Counter)
@@ -58,6 +62,7 @@ class Screener:
     def __init__(self, screening: Screening) -> None:
         self._screening = screening
         self._keys: list[bytes] = []
+        self._bands: list[bytes] = []
         self._found = Screened()
 
     def screen(self, body: bytes, *, line: int, offset: int, content: bytes) -> Any | None:
@@ -96,11 +101,14 @@ class Screener:
                 text = json.dumps(clean, ensure_ascii=False, separators=(",", ":"))
                 self._found.masked.append((len(self._keys), text.encode()))
         self._keys.append(keys)
+        if wanted.near:
+            self._bands.append(bands(shingles(checked_turns(record if clean is None else clean))))
         return clean
 
     def result(self) -> Screened:
         """All that was found."""
         self._found.keys = b"".join(self._keys)
+        self._found.bands = b"".join(self._bands)
         return self._found
 
 

@@ -11,6 +11,9 @@ from xxhash import xxh3_64_intdigest
 
 from finetune.dataset.deletions import Deletions, id_hashes
 from finetune.dataset.index import FileIndex
+from finetune.dataset.lookup import RecordReader
+from finetune.dataset.near import NearDuplicate, find_near_duplicates
+from finetune.dataset.parameters import PrepareParameters
 
 # Hashes sorted at a time: about 50 MB.
 _PARTITION_RECORDS = 1 << 20
@@ -18,32 +21,59 @@ _PARTITION_RECORDS = 1 << 20
 
 @dataclass(frozen=True)
 class Selection:
-    """What becomes of each record, in the order of files and lines: exactly one of these is true of it."""
+    """What becomes of each record, in the order of files and lines.
+
+    A record is kept, or it is one of the next four; `in_eval` is the side that it has, or would have.
+    """
 
     kept: npt.NDArray[np.bool_]
     duplicates: npt.NDArray[np.bool_]
+    near_duplicates: npt.NDArray[np.bool_]
     removed: npt.NDArray[np.bool_]
     filtered: npt.NDArray[np.bool_]
+    in_eval: npt.NDArray[np.bool_]
+    # Pairs that were found, if any were looked for, whether or not they led to a record being dropped.
+    near: list[NearDuplicate]
 
 
-def select_records(indexes: Sequence[FileIndex], deletions: Deletions, min_quality: float | None) -> Selection:
+def select_records(indexes: Sequence[FileIndex], deletions: Deletions, parameters: PrepareParameters) -> Selection:
     """Decide about every record; what is left out for another reason is nobody's first occurrence.
 
     Args:
-        indexes: the files, in their order; screened for ids and quality where these are asked for.
+        indexes: the files, in their order, screened for whatever `parameters` ask for.
         deletions: what must not be learned.
-        min_quality: records of less quality, or without any, are left out; None for no such limit.
+        parameters: the split, the least quality, and whether to look for near-duplicates.
+
+    Raises:
+        TransientError: a file has changed since it was indexed.
     """
     nothing = np.zeros(sum(index.records for index in indexes), np.bool_)
     removed = deleted(indexes, deletions) if deletions else nothing
     filtered = nothing
-    if min_quality is not None:
+    if parameters.min_quality is not None:
         # NaN, which stands for none, is not at least anything.
-        filtered = ~(np.concatenate([index.keys()["quality"] for index in indexes]) >= min_quality)
+        filtered = ~(np.concatenate([index.keys()["quality"] for index in indexes]) >= parameters.min_quality)
         filtered &= ~removed
     left_out = removed | filtered
     kept = first_occurrences(indexes, left_out)
-    return Selection(kept=kept, duplicates=~kept & ~left_out, removed=removed, filtered=filtered)
+    prompts = np.concatenate([index.rows()["prompt"] for index in indexes])
+    in_eval = held_out(prompts, parameters.eval_fraction, parameters.salt)
+    duplicates, dropped, near = ~kept & ~left_out, nothing, []
+    if parameters.near_duplicates != "off":
+        drop = parameters.near_duplicates == "drop"
+        near = find_near_duplicates(
+            [index.bands() for index in indexes],
+            kept,
+            in_eval,
+            RecordReader(indexes).shingles,
+            threshold=parameters.near_threshold,
+            drop=drop,
+        )
+        if drop:
+            dropped = nothing.copy()
+            dropped[[pair.record for pair in near if not pair.across]] = True
+            kept &= ~dropped
+    return Selection(kept, duplicates, dropped, removed, filtered, in_eval, near)
 
 
 def first_occurrences(

@@ -86,6 +86,9 @@ def merged_dataset(
             "removed": counts.removed,
             "filtered": counts.filtered,
             "masked": prepared.masked,
+            "near_duplicates_dropped": counts.near_duplicates,
+            "near_duplicates_found": prepared.near_duplicates_found,
+            "near_leaks": prepared.near_leaks,
             "lines": counts.lines,
             "window_dates": ", ".join(prepared.window_dates),
             "rejects_by_reason": table(
