@@ -15,7 +15,8 @@ from typing import Any
 
 from finetune.dataset.rules import RejectedError
 
-_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]|NaN|-?Infinity|-?\d[\d.eE+-]*', re.DOTALL)
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|NaN|-?Infinity|-?\d[\d.eE+-]*', re.DOTALL)
+_STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
 
 
@@ -41,7 +42,7 @@ def diagnose(line: bytes, *, terminated: bool, max_depth: int) -> Any:
     except UnicodeDecodeError as error:
         raise RejectedError("invalid_utf8" if terminated else "half_line", position=error.start) from error
     if text.count("{") + text.count("[") > max_depth:
-        _check_depth(text, max_depth)
+        check_depth(line, max_depth)
     try:
         value = json.loads(text, parse_constant=_finite, parse_int=_finite, parse_float=_finite)
     except json.JSONDecodeError as error:
@@ -60,14 +61,19 @@ def _byte_position(text: str, position: int) -> int:
     return len(text[:position].encode())
 
 
-def _check_depth(text: str, max_depth: int) -> None:
+def check_depth(line: bytes, max_depth: int) -> None:
+    """Follow the brackets of a line, those of values that a later one of the same name replaces included.
+
+    Raises:
+        RejectedError: objects and arrays nest deeper than `max_depth`.
+    """
     depth = 0
-    for token in _TOKEN.finditer(text):
-        if token[0] in "[{":
+    for token in _STRING_OR_BRACKET.finditer(line):
+        if token[0] in b"[{":
             depth += 1
             if depth > max_depth:
-                raise RejectedError("too_deep", position=_byte_position(text, token.start()))
-        elif token[0] in "]}":
+                raise RejectedError("too_deep", position=token.start())
+        elif token[0] in b"]}":
             depth -= 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -171,20 +172,22 @@ def reference(line: bytes) -> list[tuple[str, str]] | None:
         return 0.0
 
     def depth(value: object) -> int:
-        children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-        return 0 if children is None else 1 + max(map(depth, children), default=0)
+        return 1 + max(map(depth, value), default=0) if isinstance(value, list) else 0
 
+    strict = {"parse_constant": no_constant, "parse_int": finite, "parse_float": finite}
     try:
-        value = json.loads(line.decode(), parse_constant=no_constant, parse_int=finite, parse_float=finite)
-        again = json.dumps(value, ensure_ascii=False)
+        text = line.decode()
+        # Objects as lists of all their names and values, those that a later one of the same name replaces included.
+        whole = json.loads(text, **strict, object_pairs_hook=lambda pairs: [part for pair in pairs for part in pair])
+        again = json.dumps(whole, ensure_ascii=False)
         again.encode()
         if (
             "\\u0000" in again.replace("\\\\", "")
-            or depth(value) > LIMITS.max_depth
+            or depth(whole) > LIMITS.max_depth
             or len(line) > LIMITS.max_line_bytes
         ):
             return None
-        return checked_turns(value)
+        return checked_turns(json.loads(text, **strict))
     except (ValueError, RecursionError):
         return None
 
@@ -216,6 +219,74 @@ def test_parsers_agree_on_lines_made_of_json_and_noise(noise: str, within: bool)
     fast, exact = fast_and_exact(line)
 
     assert fast == exact == reference(line)
+
+
+SEEDS = [
+    '{"instruction":"Кафе \\u0454 \\ud83d\\ude00?","input":"","output":"Так\\n","id":1.5e3,"meta":{"a":[true,null]}}',
+    '{"messages":[{"role":"system","content":"s"},{"role":"user","content":"q"},{"role":"assistant","content":"a"}]}',
+    '{"conversations":[{"from":"human","value":"їжа"},{"from":"gpt","value":"\\"так\\""}],"x":[[[[-0.0]]]]}',
+    '{"x":[[[[[[[[[[]]]]]]]]]],"x":1,"x":"\\u0000","x":"\\ud83d","x":2,"prompt":"p","completion":"c"}',
+    ' {"text" : "a\\\\u0000b", "text2":"\\/" ,"n":123456789012345678901234567890}\t',
+]
+# Bytes on which parsers differ.
+SPECIAL = b"{}[]\",:\\/ \t\r\x00\x0b\x7f\x80\xbf\xc0\xc3\xed\xa0\xef\xbb\xf4\xff0123456789+-.eEu'NaInfty"
+
+
+def mutated(chance: random.Random, lines: list[bytes]) -> bytes:
+    """A line with a few bytes flipped, put in, taken out, repeated or exchanged for another line's."""
+    line = bytearray(chance.choice(lines))
+    for _ in range(chance.choice((1, 1, 1, 3))):
+        at, size = chance.randrange(len(line) + 1), chance.choice((1, 1, 2, 5, 20))
+        match chance.randrange(6):
+            case 0 if at < len(line):
+                line[at] ^= 1 << chance.randrange(8)
+            case 1:
+                line[at:at] = bytes(chance.choices(SPECIAL, k=size))
+            case 2:
+                del line[at : at + size]
+            case 3:
+                line[at:at] = line[at : at + size] * chance.choice((1, 3))
+            case 4:
+                other = chance.choice(lines)
+                start = chance.randrange(len(other))
+                line[at : at + size] = other[start : start + size]
+            case _:
+                line[at : at + 1] = chance.randbytes(1)
+    return bytes(line).replace(b"\n", b" ")
+
+
+def test_parsers_agree_on_lines_with_bytes_changed() -> None:
+    chance = random.Random(20)
+    seeds = [line.encode() for line in SEEDS]
+    assert [reference(line) is None for line in seeds] == [False, False, False, True, False]
+    accepted = 0
+    for _ in range(15_000):
+        line = mutated(chance, seeds)
+        fast, exact = fast_and_exact(line)
+        assert exact == reference(line), line
+        # The fast way may leave an escaped backslash before u0000 to the exact one, and nothing else.
+        assert fast == exact or (fast is None and b"\\\\u0000" in line), line
+        accepted += exact is not None
+    # Otherwise the mutations are too gentle, or too rough, to tell anything.
+    assert 1000 < accepted < 10_000
+
+
+def test_no_bytes_whatsoever_crash_a_preparation_or_lose_a_line(prepare: Any) -> None:
+    chance = random.Random(21)
+    seeds = [line.encode() for line in SEEDS]
+    content = b"\n".join(mutated(chance, seeds) if chance.random() < 0.9 else chance.randbytes(30) for _ in range(3000))
+    good = b"".join(b'{"text":"good %d"}\n' % n for n in range(30))
+    options = {"parameters": {"sensitive_data": "mask", "near_duplicates": "report", "min_quality": None}}
+    files = {"brain_dataset_2026-06-01.jsonl": good + content}
+
+    plain, screened = prepare(files, range_bytes=997), prepare(files, range_bytes=5003, **options)
+
+    for dataset in (plain, screened):
+        counts = dataset.counts
+        assert counts.lines == counts.accounted == (good + content + b"\n").count(b"\n")
+        assert counts.rejected == len(dataset.rejects_path.read_bytes().splitlines()) > 1000
+    assert plain.rejects_by_reason == screened.rejects_by_reason
+    assert len(plain.rejects_by_reason) >= 8
 
 
 @settings(max_examples=200, deadline=None)

@@ -61,6 +61,7 @@ ASSISTANT = {"role": "assistant", "content": "a"}
         (b'{"instruction":"a","output":"b","score":NaN}', "non_finite_number", None, 40),
         (b'{"instruction":"NaN","output":"b","score":-Infinity}', "non_finite_number", None, 42),
         (b'{"instruction":"a","output":"b","score":[1,1e999]}', "non_finite_number", None, 43),
+        (b'{"x":[[[[[]]]]],"x":1,"text":"a"}', "too_deep", None, 9),
         (b'{"instruction":"a","output":"b","x":[[[[[1]]]]]}', "too_deep", None, 40),
         (b"[" * 300, "too_deep", None, 5),
         (b'{"instruction":"' + b"a" * 400 + b'","output":"b"}', "over_long", None, 400),
