@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -23,7 +24,7 @@ from finetune.dataset.workers import scanning
 from finetune.errors import DatasetError, StorageFullError, TransientError
 from finetune.layout import DataLayout
 from finetune.progress import ProgressEvent
-from finetune.publishing import is_complete
+from finetune.publishing import is_complete, read_manifest
 
 Prepare = Callable[..., PreparedDataset]
 Pairs = Callable[..., bytes]
@@ -203,3 +204,72 @@ def test_a_preparation_killed_at_any_moment_leaves_no_half_and_the_next_one_fini
     assert set(struck) == {"ready", "hash", "validate"}
     assert dataset.counts.kept == 20_000
     assert is_complete(dataset.path)
+
+
+FORKS = """
+import os, pathlib, sys
+from finetune.dataset.discovery import discover_exports
+from finetune.dataset.prepare import PrepareParameters, prepare_dataset
+from finetune.layout import DataLayout
+layout = DataLayout(pathlib.Path(sys.argv[1]))
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        prepare_dataset(discover_exports(layout.exports), date="2026-06-02", layout=layout, range_bytes=1 << 14,
+            parameters=PrepareParameters(eval_fraction=0.5, near_duplicates="report", window="last:2"))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+def test_a_kill_at_any_of_twenty_random_moments_leaves_the_old_dataset_and_the_new_one_whole_or_not_at_all(
+    layout: DataLayout, pairs: Pairs
+) -> None:
+    layout.exports.mkdir(parents=True)
+    for day in (1, 2):
+        path = layout.exports / f"brain_dataset_2026-06-0{day}.jsonl"
+        path.write_bytes(pairs(*range(day * 10_000, day * 10_000 + 400)))
+    old = prepare_dataset(discover_exports(layout.exports), date="2026-06-01", layout=layout, parameters=PARAMETERS)
+    root = layout.root / "prepared" / "brain"
+    chance = random.Random(8)
+    with subprocess.Popen(
+        [sys.executable, "-c", FORKS, layout.root], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def attempt(seconds: float | None) -> int:
+            """The exit status of a preparation from scratch, killed after so many seconds."""
+            shutil.rmtree(root / "2026-06-02", ignore_errors=True)
+            shutil.rmtree(root / ".index", ignore_errors=True)
+            print(file=process.stdin, flush=True)
+            child = int(process.stdout.readline())  # type: ignore[union-attr]
+            if seconds is not None:
+                time.sleep(seconds)
+                # Nobody but its parent collects it, which is told only below: the number is still its own.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child, signal.SIGKILL)
+            return int(process.stdout.readline())  # type: ignore[union-attr]
+
+        started = time.monotonic()
+        assert attempt(None) == 0
+        duration = time.monotonic() - started
+        [expected] = (root / "2026-06-02").iterdir()
+        contents = {path.name: path.read_bytes() for path in expected.glob("*.jsonl")}
+        killed = 0
+        for _ in range(60):
+            killed += attempt(chance.uniform(0, duration)) == -signal.SIGKILL
+            read_manifest(old.path, verify="hashes")
+            for path in (root / "2026-06-02").glob("[!.]*") if (root / "2026-06-02").exists() else ():
+                read_manifest(path, verify="hashes")
+                assert {each.name: each.read_bytes() for each in path.glob("*.jsonl")} == contents
+            if killed == 20:
+                break
+        assert killed == 20
+        # What the last one left behind is gone on with.
+        found = discover_exports(layout.exports)
+        parameters = PARAMETERS.model_copy(update={"near_duplicates": "report", "window": "last:2"})
+        after = prepare_dataset(found, date="2026-06-02", layout=layout, parameters=parameters)
+        assert {path.name: path.read_bytes() for path in after.path.glob("*.jsonl")} == contents
+        process.stdin.close()
