@@ -56,8 +56,9 @@ def select_records(indexes: Sequence[FileIndex], deletions: Deletions, parameter
         filtered &= ~removed
     left_out = removed | filtered
     kept = first_occurrences(indexes, left_out)
-    prompts = np.concatenate([index.rows()["prompt"] for index in indexes])
-    in_eval = held_out(prompts, parameters.eval_fraction, parameters.salt)
+    in_eval = np.concatenate(
+        [held_out(index.rows()["prompt"], parameters.eval_fraction, parameters.salt) for index in indexes]
+    )
     duplicates, dropped, near = ~kept & ~left_out, nothing, []
     if parameters.near_duplicates != "off":
         drop = parameters.near_duplicates == "drop"

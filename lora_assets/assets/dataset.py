@@ -142,8 +142,13 @@ def dataset_profile(
             ),
             "truncation": table([row.model_dump() for row in profile.truncation]),
             "scripts": table([{"script": name, "share": share} for name, share in profile.script_shares.items()]),
+            "records_per_file": table(
+                [{"file": name, "records": count} for name, count in sorted(profile.records_per_file.items())]
+            ),
+            "longest": table([row.model_dump() for row in profile.longest]),
             "token_histogram": picture(token_histogram_png(profile)),
             "tokenizer": str(Path(profile.tokenizer).name) if profile.tokenizer else base.name,
+            "tokenized_by": profile.tokenized_by or "",
         },
     )
 
