@@ -9,7 +9,7 @@ import warnings
 import typer
 from dagster_shared.utils.warnings import PreviewWarning
 
-from lora_assets.cli import demo, registry, run, samples, show, tools
+from lora_assets.cli import deletions, demo, registry, run, samples, show, tools
 
 app = typer.Typer(
     name="lora-assets",
@@ -22,6 +22,7 @@ app.command(epilog="Example: lora-assets demo")(demo.demo)
 app.command(epilog="Example: DATA_ROOT=data/demo lora-assets dev --port 3000")(demo.dev)
 app.command(epilog="Example: lora-assets config --json")(show.config)
 app.command(epilog="Example: lora-assets runs --limit 5 --json")(show.runs)
+tools.dataset_app.command(epilog="Example: lora-assets dataset deletions --list deletions.txt")(deletions.deletions)
 app.add_typer(tools.dataset_app, name="dataset")
 app.add_typer(registry.app, name="registry")
 app.command("export-samples", epilog="Example: lora-assets export-samples --since 2026-06-01 --until 2026-06-02")(

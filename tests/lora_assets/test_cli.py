@@ -108,3 +108,26 @@ def test_plan_prints_json_for_a_directory_with_only_a_configuration(cli: CliRunn
     plan = json.loads(result.stdout)
     assert plan["memory_estimate"]["model_params"] == 8_030_261_248
     assert plan["memory_estimate"]["fits"] is True
+
+
+def test_deletions_names_the_published_datasets_that_hold_what_is_on_the_list(cli: CliRunner, tmp_path: Path) -> None:
+    exports = tmp_path / "exports"
+    exports.mkdir()
+    lines = "".join(f'{{"id":"r{n}","text":"record {n}"}}\n' for n in range(30))
+    (exports / "brain_dataset_2026-06-01.jsonl").write_text(lines)
+    assert cli.invoke(app, ["dataset", "prepare", str(exports), str(tmp_path / "data"), "--json"]).exit_code == 0
+    entries = tmp_path / "deletions.txt"
+    entries.write_text("r3\nr4\nunknown\n")
+
+    result = cli.invoke(app, ["dataset", "deletions", "--list", str(entries), "--json"])
+
+    assert result.exit_code == 0
+    found = json.loads(result.stdout)
+    [dataset] = found["datasets"]
+    assert len(dataset["train_lines"]) + len(dataset["eval_lines"]) == 2
+    assert found["versions"] == []
+    shown = cli.invoke(app, ["dataset", "deletions", "--list", str(entries)])
+    assert "versions that learned what is on the list: none" in shown.output
+    missing = cli.invoke(app, ["dataset", "deletions"])
+    assert missing.exit_code == 1
+    assert "DELETION_LIST" in missing.output
