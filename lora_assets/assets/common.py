@@ -98,9 +98,6 @@ def published_files(directory: Path) -> dg.TableMetadataValue:
 
 
 def table(rows: list[dict[str, str | int | float | bool | None]]) -> dg.TableMetadataValue:
-    """A table; a value that is None shows as empty."""
-    return dg.MetadataValue.table(
-        [dg.TableRecord({name: "" if value is None else value for name, value in row.items()}) for row in rows],
-        # Of no rows Dagster cannot tell the columns, and refuses to guess.
-        schema=None if rows else dg.TableSchema(columns=[]),
-    )
+    """A table, which may be empty; a value that is None shows as empty."""
+    records = [dg.TableRecord({name: "" if value is None else value for name, value in row.items()}) for row in rows]
+    return dg.MetadataValue.table(records, None if rows else dg.TableSchema([]))

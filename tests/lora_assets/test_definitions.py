@@ -105,3 +105,10 @@ def test_secrets_are_references_in_the_definitions(monkeypatch: pytest.MonkeyPat
     for name, resource in (build_definitions(load_settings()).resources or {}).items():
         assert "very" not in repr(resource), name
         assert "very" not in str(getattr(resource, "_resolved_config_dict", "")), name
+
+
+def test_a_metadata_table_may_be_empty() -> None:
+    from lora_assets.assets.common import table
+
+    assert table([]).records == []
+    assert table([{"reason": "nul", "lines": None}]).records[0].data == {"reason": "nul", "lines": ""}
