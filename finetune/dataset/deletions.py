@@ -7,6 +7,7 @@ begin with ``#`` say nothing.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ import orjson
 from pydantic import BaseModel, ConfigDict
 from xxhash import xxh3_128_digest
 
-from finetune.dataset.rules import checked_turns
+from finetune.dataset.discovery import ExportFile
+from finetune.dataset.rules import RejectedError, checked_turns
 from finetune.dataset.scan import content_key
 from finetune.dataset.screening import hash_of_id, value_at
+from finetune.dataset.sources import read_rows
 from finetune.errors import ArtifactError, ConfigurationError
 from finetune.layout import DataLayout
 from finetune.publishing import is_complete, sha256_json
@@ -43,11 +46,14 @@ class Deletions:
         """The same for the same entries, in whatever order they stand."""
         return sha256_json([sorted(self.ids), sorted(content.hex() for content in self.contents)])[:16]
 
-    def name(self, record: Mapping[str, Any], id_field: str) -> bool:
-        """Whether the record itself is on the list, by its id or its content."""
+    def has_id(self, record: Any, id_field: str) -> bool:
+        """Whether the record's id is on the list."""
         value = value_at(record, id_field)
-        known = (str(value) if type(value) is int else value) in self.ids if type(value) in (int, str) else False
-        return known or (bool(self.contents) and _digest(record) in self.contents)
+        return (str(value) if type(value) is int else value) in self.ids if type(value) in (int, str) else False
+
+    def name(self, record: Mapping[str, Any], id_field: str) -> bool:
+        """Whether the record is on the list, by its id or its content."""
+        return self.has_id(record, id_field) or (bool(self.contents) and _digest(record) in self.contents)
 
 
 class Deletable(BaseModel):
@@ -102,12 +108,30 @@ def read_deletions(path: Path) -> Deletions:
     return Deletions(frozenset(ids), frozenset(contents))
 
 
+def with_contents(deletions: Deletions, files: Iterable[ExportFile], id_field: str = "id") -> Deletions:
+    """The list with the contents of the records that its ids name, so that their duplicates are known too.
+
+    Raises:
+        DatasetError: an export cannot be read.
+    """
+    contents = set(deletions.contents)
+    if deletions.ids:
+        for file in files:
+            for row in read_rows(file.path, "jsonl"):
+                if deletions.has_id(row.value, id_field):
+                    # What is no record was never learned.
+                    with contextlib.suppress(RejectedError):
+                        contents.add(_digest(row.value))
+    return Deletions(deletions.ids, frozenset(contents))
+
+
 def find_deletable(
     layout: DataLayout, deletions: Deletions, versions: Iterable[RegisteredVersion] = (), *, id_field: str = "id"
 ) -> list[Deletable]:
     """Published datasets that hold what must not be learned, and the versions that were trained on them.
 
-    Every kept record is read again: what the datasets hold is the truth, whatever list they were made with.
+    Every kept record is read again: what the datasets hold is the truth, whatever list they were made with. A
+    record with another id and the same content is found if the list has the content (see `with_contents`).
 
     Args:
         layout: where the datasets lie.

@@ -20,15 +20,19 @@ def deletions(
     as_json: Json = False,
 ) -> None:
     """Tell which published datasets hold what is on the deletion list, and which versions learned it."""
-    from finetune.dataset.deletions import find_deletable, read_deletions, versions_trained_on
+    from finetune.dataset.deletions import find_deletable, read_deletions, versions_trained_on, with_contents
+    from finetune.dataset.discovery import discover_exports
     from finetune.registry.store import list_versions
 
     settings = load_settings()
     path = entries or settings.deletion_list
     if path is None:
         raise ConfigurationError("no deletion list is named", where="DELETION_LIST", remedy="Set it, or give --list")
+    listed = read_deletions(path)
+    if settings.exports.is_dir():
+        listed = with_contents(listed, discover_exports(settings.exports, settings.pattern), settings.id_field)
     versions = list_versions(settings.layout.registry)
-    found = find_deletable(settings.layout, read_deletions(path), versions, id_field=settings.id_field)
+    found = find_deletable(settings.layout, listed, versions, id_field=settings.id_field)
     trained = versions_trained_on(found)
     if as_json:
         print_json({"versions": trained, "datasets": [each.model_dump(mode="json") for each in found]})

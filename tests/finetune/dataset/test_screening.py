@@ -11,7 +11,8 @@ from typing import Any
 import orjson
 import pytest
 
-from finetune.dataset.deletions import content_hash, find_deletable, read_deletions, versions_trained_on
+from finetune.dataset.deletions import content_hash, find_deletable, read_deletions, versions_trained_on, with_contents
+from finetune.dataset.discovery import discover_exports
 from finetune.dataset.inspect import leaked_prompts
 from finetune.dataset.models import PreparedDataset
 from finetune.dataset.prepare import load_prepared
@@ -180,6 +181,21 @@ def test_versions_that_learned_what_was_deleted_since_are_listed(
     assert find_deletable(layout, read_deletions(deletion_list(held[-1])), versions)[0].eval_lines == [len(held)]
     after = prepare(files, parameters={"deletion_list": deletion_list(late)})
     assert after.path not in [each.path for each in find_deletable(layout, read_deletions(deletion_list(late)))]
+
+
+def test_a_version_that_learned_a_duplicate_under_another_id_is_found_through_the_exports(
+    prepare: Prepare, layout: DataLayout, deletion_list: Callable[..., Path]
+) -> None:
+    again = {"id": "other", "prompt": "Question  5", "completion": "Answer 5"}
+    bad = b'{"id":"other","prompt":""}\n{bad\n'
+    dataset = prepare({FIRST: lines(*numbered(20)), SECOND: lines(again) + bad})
+    assert "other" not in {record["id"] for record in kept(dataset)}
+    listed = read_deletions(deletion_list("other"))
+
+    assert find_deletable(layout, listed) == []
+    [found] = find_deletable(layout, with_contents(listed, discover_exports(layout.exports)))
+    [line] = found.train_lines + found.eval_lines
+    assert records(dataset.train_path if found.train_lines else dataset.eval_path)[line - 1]["id"] == "r5"
 
 
 def test_records_below_the_quality_asked_for_are_filtered_and_a_better_duplicate_is_kept(prepare: Prepare) -> None:
