@@ -34,6 +34,8 @@ check: .venv/.installed ## Lint, format, types, import contracts, definitions
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports --no-logo
 	@$(BIN)/dg check defs
+	@$(BIN)/dg list defs >/dev/null
+	@$(BIN)/dagster definitions validate -w workspace.yaml --log-level warning
 
 format: .venv/.installed ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .

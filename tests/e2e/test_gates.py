@@ -222,3 +222,25 @@ def test_a_failing_gate_stops_what_is_downstream(demo: Loop, tmp_path: Path, tin
     made = {path.name for path in (loop.layout.asset_values / "brain").iterdir()}
     assert made == {"merged_dataset"}
     assert not loop.layout.root.joinpath("adapters").exists()
+
+
+def test_a_challenger_is_a_success_that_exports_nothing(demo: Loop, tmp_path: Path, tiny_model: BaseModelRef) -> None:
+    from tests.e2e.conftest import new_loop
+
+    loop = new_loop(tmp_path / "root", tiny_model)
+    loop.layout.exports.mkdir(parents=True)
+    for file in demo.layout.exports.glob(f"*{DATES[0]}*"):
+        shutil.copy(file, loop.layout.exports)
+    hopeless = {"LEARNING_RATE": "1e-9", "TRAIN_EPOCHS": "1"}
+    (outcome,) = loop.run_json("run", **hopeless)["runs"]
+    assert outcome["status"] == "SUCCESS"
+    made = [step["asset"] for step in outcome["steps"]]
+    assert "registered_adapter" in made
+    assert not {"promoted_adapter", "merged_model", "gguf", "modelfile", "lmstudio_export"} & set(made)
+    version = loop.value("registered_adapter", DATES[0], RegisteredVersion)
+    assert version.status == "challenger"
+    assert "not shown to be better than the base model" in version.reason
+    assert not list(loop.root.rglob("*.gguf"))
+    assert any(check.startswith("adapter_beats_base") for check in outcome["failed_checks"])
+    again = loop.run_json("run", "--dry-run", **hopeless)
+    assert again["to_make"] == [], "a challenger is not trained again and again"
