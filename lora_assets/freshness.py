@@ -13,6 +13,7 @@ from finetune.dataset.models import PreparedDataset
 from finetune.export.models import LmStudioExport, OllamaExport
 from finetune.publishing import is_complete
 from finetune.registry.models import RegisteredVersion
+from finetune.registry.promotion import champion
 from lora_assets.settings import Settings
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -35,7 +36,8 @@ class DateState(BaseModel):
 
 def date_states(settings: Settings, files: Sequence[ExportFile]) -> list[DateState]:
     """The state of each date that has exports, oldest first; `files` as `discover_exports` returns them."""
-    return [_state(settings, files, date) for date in sorted({file.date for file in files})]
+    reigning = champion(settings.layout.registry)
+    return [_state(settings, files, date, reigning) for date in sorted({file.date for file in files})]
 
 
 def choose_dates(states: Sequence[DateState], *, every: bool = False, latest: bool = False) -> list[str]:
@@ -54,14 +56,14 @@ def choose_dates(states: Sequence[DateState], *, every: bool = False, latest: bo
     return sorted(missing + (stale if every else stale[-1:]))
 
 
-def _state(settings: Settings, files: Sequence[ExportFile], date: str) -> DateState:
+def _state(settings: Settings, files: Sequence[ExportFile], date: str, reigning: RegisteredVersion | None) -> DateState:
     own = [file for file in files if file.date == date]
-    state, reason = _judge(settings, files, date)
+    state, reason = _judge(settings, files, date, reigning)
     return DateState(date=date, state=state, reason=reason, files=len(own), size=sum(file.size for file in own))
 
 
 def _judge(
-    settings: Settings, files: Sequence[ExportFile], date: str
+    settings: Settings, files: Sequence[ExportFile], date: str, reigning: RegisteredVersion | None
 ) -> tuple[Literal["missing", "stale", "current"], str]:
     prepared = read_value(settings, "merged_dataset", date, PreparedDataset)
     version = read_value(settings, "registered_adapter", date, RegisteredVersion)
@@ -75,12 +77,11 @@ def _judge(
         return "stale", "its adapter was trained on another dataset"
     if version.lineage.get("recipe") != settings.recipe:
         return "stale", "settings of the training changed"
-    promoted = read_value(settings, "promoted_adapter", date, RegisteredVersion)
-    if promoted is not None and promoted.run_id == version.run_id:
-        missing = [name for name, path in _exports(settings, date, version.run_id) if path is None]
-        if missing:
-            return "stale", f"promoted, but not exported: {', '.join(missing)}"
-    return "current", f"{version.version}, {version.status}"
+    if reigning is None or reigning.version != version.version:
+        return "current", f"{version.version}, not the champion"
+    if missing := [name for name, path in _exports(settings, date, version.run_id) if path is None]:
+        return "stale", f"champion, but not exported: {', '.join(missing)}"
+    return "current", f"{version.version}, champion"
 
 
 def _exports(settings: Settings, date: str, run_id: str) -> list[tuple[str, Path | None]]:

@@ -125,6 +125,21 @@ def test_a_dry_run_tells_what_is_stale_and_changes_nothing(demo: Loop, tmp_path:
     assert tree(demo.root) == before
 
 
+def test_a_version_promoted_by_hand_is_exported_by_the_next_run(demo: Loop, tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    shutil.copytree(demo.root, root, symlinks=True, ignore=shutil.ignore_patterns("postgres"))
+    loop = Loop(root, demo.environment | {"DATA_ROOT": str(root)})
+    first = demo.value("registered_adapter", DATES[0], RegisteredVersion)
+    shutil.rmtree(root / "models" / first.run_id / "lmstudio")
+    assert loop.run_json("registry", "promote", "v1", "--reason", "for the test")["status"] == "champion"
+    (stale,) = [state for state in loop.run_json("run", "--dry-run")["dates"] if state["state"] == "stale"]
+    assert stale["date"] == DATES[0]
+    assert "lmstudio_export" in stale["reason"]
+    loop.run_json("run")
+    assert (root / "models" / first.run_id / "lmstudio" / "manifest.json").is_file()
+    assert loop.run_json("registry", "rollback")["version"] == "v3"
+
+
 def test_a_dry_run_needs_no_training_library(demo: Loop, tmp_path: Path) -> None:
     for name in ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('a dry run must not import this')\n")
