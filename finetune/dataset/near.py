@@ -5,7 +5,8 @@ punctuation; roles do not count. Two records are near-duplicates if the Jaccard 
 share of shingles that both have, is at least a threshold. Candidates come from MinHash with locality-sensitive
 hashing (Broder 1997; Leskovec, Rajaraman and Ullman, Mining of Massive Datasets, chapter 3): 16 bands of 6 rows
 find a pair of similarity 0.8 with 99.2 % and one of 0.9 with 99.999 %. Each candidate is then compared in full,
-so that nothing is called a near-duplicate that is none.
+so that nothing is called a near-duplicate that is none. Where records are made from one template, a band may be
+shared by any number that are not near: a record is compared with the first 100 of a band alone.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ _WORDS = 3
 _WORD = re.compile(r"\w+")
 _RULES_VERSION = 1
 _CACHED_RECORDS = 4096
+_BAND_RECORDS = 100
 
 Shingles = frozenset[str]
 
@@ -96,8 +98,7 @@ def find_near_duplicates(
     """Near-duplicates among the kept records, looked for in their order.
 
     Of those on one side, each is told with the first record that it is near to and that is none itself. Of
-    those between the sides, each held-out record is told once. Memory grows with the candidates; time, at
-    worst, with the square of those that share a band without being near.
+    those between the sides, each held-out record is told once. Memory and time grow with the candidates.
 
     Args:
         hashes: the files' `bands`, of shape (records, 16).
@@ -108,14 +109,14 @@ def find_near_duplicates(
         drop: whether near-duplicates of one side leave the dataset, and so cannot stand on both.
     """
     cached = lru_cache(maxsize=_CACHED_RECORDS)(shingles_of)
-    buckets: defaultdict[int, list[int]] = defaultdict(list)
+    buckets = _Buckets()
     found: list[NearDuplicate] = []
     # Records that are near-duplicates already: as a copy of one on their side, and as held out but trained on.
     copies: set[int] = set()
     leaked: set[int] = set()
     for record, labels in _candidates(hashes, kept):
         held = in_eval[record]
-        others = sorted({other for label in labels for other in buckets[label]})
+        others = buckets.sharing(labels)
         for other in others:
             if in_eval[other] == held and other not in copies:
                 similarity = jaccard(cached(record), cached(other))
@@ -133,9 +134,25 @@ def find_near_duplicates(
                 if similarity >= threshold:
                     leaked.add(late)
                     found.append(NearDuplicate(late, learned, similarity, across=True))
-        for label in labels:
-            buckets[label].append(record)
+        buckets.add(record, labels)
     return found
+
+
+class _Buckets:
+    """The first records of each band."""
+
+    def __init__(self) -> None:
+        self._records: defaultdict[int, list[int]] = defaultdict(list)
+
+    def sharing(self, labels: list[int]) -> list[int]:
+        """Records that share a band, in their order."""
+        return sorted({record for label in labels for record in self._records[label]})
+
+    def add(self, record: int, labels: list[int]) -> None:
+        """Let later records find this one."""
+        for label in labels:
+            if len(self._records[label]) < _BAND_RECORDS:
+                self._records[label].append(record)
 
 
 def _candidates(hashes: Sequence[npt.NDArray[np.uint64]], kept: npt.NDArray[np.bool_]) -> list[tuple[int, list[int]]]:

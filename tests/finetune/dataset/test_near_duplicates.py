@@ -13,6 +13,7 @@ import numpy as np
 import orjson
 import pytest
 
+from finetune.dataset import near
 from finetune.dataset.models import PreparedDataset
 from finetune.dataset.near import BANDS, NearDuplicate, bands, find_near_duplicates, jaccard, shingles
 from finetune.layout import DataLayout
@@ -100,6 +101,24 @@ def test_records_that_do_not_count_are_near_to_nothing() -> None:
     ]
 
 
+def test_records_of_one_template_are_not_all_compared_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+
+    def count(*pair: frozenset[str]) -> float:
+        compared.append(pair)
+        return jaccard(*pair)
+
+    monkeypatch.setattr(near, "jaccard", count)
+    size = 400
+    sets = [frozenset({str(number)}) for number in range(size)]
+    hashes = np.arange(size * BANDS, dtype=np.uint64).reshape(-1, BANDS)
+    hashes[:, 3] = 1 << 40
+    everyone, held = np.ones(size, np.bool_), np.zeros(size, np.bool_)
+
+    assert find_near_duplicates([hashes], everyone, held, sets.__getitem__, threshold=0.8, drop=False) == []
+    assert len(compared) == 100 * (size - 100) + 100 * 99 / 2
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -132,12 +151,12 @@ def test_report_tells_every_pair_and_drops_nothing(prepare: Prepare) -> None:
 
     held, trained = read(plain.eval_path), read(plain.train_path)
     for pair in pairs:
-        record, near = at(pair), at(pair["near"])
-        similarity = jaccard(shingles([("text", record["text"])]), shingles([("text", near["text"])]))
+        record, other = at(pair), at(pair["near"])
+        similarity = jaccard(shingles([("text", record["text"])]), shingles([("text", other["text"])]))
         assert pair["similarity"] == round(similarity, 4) >= 0.8
         if pair["relation"] == "held out and trained on":
             assert record in held
-            assert near in trained
+            assert other in trained
 
 
 def test_drop_keeps_the_first_of_each_side_and_counts_the_others(prepare: Prepare) -> None:
