@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,12 +68,33 @@ def new_loop(root: Path, tiny_model: BaseModelRef) -> Loop:
     return Loop(root, environment)
 
 
+@contextmanager
+def data_root() -> Iterator[Path]:
+    """A path for a data root, outside of pytest's own directory.
+
+    As root, PostgreSQL runs as another user and must be let through; another session of pytest would take
+    that right away again from everything under pytest's directory.
+    """
+    parent = Path(tempfile.mkdtemp(prefix="lora-assets-"))
+    try:
+        yield parent / "root"
+    finally:
+        shutil.rmtree(parent, ignore_errors=True)
+
+
+@pytest.fixture
+def loop(tiny_model: BaseModelRef) -> Iterator[Loop]:
+    """An empty data root."""
+    with data_root() as root:
+        yield new_loop(root, tiny_model)
+
+
 @pytest.fixture(scope="session")
-def demo(tmp_path_factory: pytest.TempPathFactory, tiny_model: BaseModelRef) -> Iterator[Loop]:
+def demo(tiny_model: BaseModelRef) -> Iterator[Loop]:
     """The data root after `lora-assets demo`. Tests that alter an artifact work on a copy of it."""
-    loop = new_loop(tmp_path_factory.mktemp("demo"), tiny_model)
-    done = loop.run("demo")
-    loop.output = done.stdout + done.stderr
-    assert done.returncode == 0, loop.output[-5000:]
-    yield loop
-    shutil.rmtree(loop.root)
+    with data_root() as root:
+        loop = new_loop(root, tiny_model)
+        done = loop.run("demo")
+        loop.output = done.stdout + done.stderr
+        assert done.returncode == 0, loop.output[-5000:]
+        yield loop

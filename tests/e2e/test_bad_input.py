@@ -10,14 +10,9 @@ import pytest
 from finetune.base_model.models import BaseModelRef
 from finetune.publishing import MANIFEST_NAME, TEMPORARY_MARK
 from lora_assets.cli.demo import EXAMPLES
-from tests.e2e.conftest import DATES, PROGRAM, Loop, new_loop
+from tests.e2e.conftest import DATES, PROGRAM, Loop
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture
-def loop(tmp_path: Path, tiny_model: BaseModelRef) -> Loop:
-    return new_loop(tmp_path / "root", tiny_model)
 
 
 def arrive(loop: Loop, date: str = DATES[0]) -> None:

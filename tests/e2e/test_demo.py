@@ -125,10 +125,10 @@ def test_a_dry_run_tells_what_is_stale_and_changes_nothing(demo: Loop, tmp_path:
     assert tree(demo.root) == before
 
 
-def test_a_version_promoted_by_hand_is_exported_by_the_next_run(demo: Loop, tmp_path: Path) -> None:
-    root = tmp_path / "root"
+def test_a_version_promoted_by_hand_is_exported_by_the_next_run(demo: Loop, loop: Loop) -> None:
+    root = loop.root
+    shutil.rmtree(root)
     shutil.copytree(demo.root, root, symlinks=True, ignore=shutil.ignore_patterns("postgres"))
-    loop = Loop(root, demo.environment | {"DATA_ROOT": str(root)})
     first = demo.value("registered_adapter", DATES[0], RegisteredVersion)
     shutil.rmtree(root / "models" / first.run_id / "lmstudio")
     assert loop.run_json("registry", "promote", "v1", "--reason", "for the test")["status"] == "champion"

@@ -17,7 +17,7 @@ import pytest
 
 from finetune.base_model.models import BaseModelRef
 from lora_assets.cli.demo import EXAMPLES
-from tests.e2e.conftest import PROGRAM, Loop, new_loop
+from tests.e2e.conftest import PROGRAM, Loop, data_root, new_loop
 
 pytestmark = pytest.mark.e2e
 DATE = "2026-06-01"
@@ -54,8 +54,13 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="module")
-def dev(tmp_path_factory: pytest.TempPathFactory, tiny_model: BaseModelRef) -> Iterator[Dev]:
-    loop = new_loop(tmp_path_factory.mktemp("dev"), tiny_model)
+def dev(tiny_model: BaseModelRef) -> Iterator[Dev]:
+    with data_root() as root:
+        yield from serve(new_loop(root, tiny_model))
+
+
+def serve(loop: Loop) -> Iterator[Dev]:
+    """The UI and daemon on a data root, until the caller is done."""
     loop.environment |= {"SENSOR_INTERVAL_SECONDS": "1"}
     log, port = loop.root / "dev.log", free_port()
     with log.open("w") as output:

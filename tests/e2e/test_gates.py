@@ -8,7 +8,6 @@ from typing import Any
 import dagster as dg
 import pytest
 
-from finetune.base_model.models import BaseModelRef
 from finetune.dataset.models import PreparedDataset
 from finetune.evaluation.models import EvalReport
 from finetune.export.models import GgufExport, MergedModel
@@ -207,10 +206,7 @@ def test_a_gguf_with_altered_bytes_or_cut_short_fails(
     assert gguf.quantized.path.name in str(altered.description)
 
 
-def test_a_failing_gate_stops_what_is_downstream(demo: Loop, tmp_path: Path, tiny_model: BaseModelRef) -> None:
-    from tests.e2e.conftest import new_loop
-
-    loop = new_loop(tmp_path / "root", tiny_model)
+def test_a_failing_gate_stops_what_is_downstream(demo: Loop, loop: Loop) -> None:
     loop.layout.exports.mkdir(parents=True)
     for file in demo.layout.exports.glob(f"*{DATES[0]}*"):
         shutil.copy(file, loop.layout.exports)
@@ -224,10 +220,7 @@ def test_a_failing_gate_stops_what_is_downstream(demo: Loop, tmp_path: Path, tin
     assert not loop.layout.root.joinpath("adapters").exists()
 
 
-def test_a_challenger_is_a_success_that_exports_nothing(demo: Loop, tmp_path: Path, tiny_model: BaseModelRef) -> None:
-    from tests.e2e.conftest import new_loop
-
-    loop = new_loop(tmp_path / "root", tiny_model)
+def test_a_challenger_is_a_success_that_exports_nothing(demo: Loop, loop: Loop) -> None:
     loop.layout.exports.mkdir(parents=True)
     for file in demo.layout.exports.glob(f"*{DATES[0]}*"):
         shutil.copy(file, loop.layout.exports)
