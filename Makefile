@@ -8,7 +8,7 @@ BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format dev bench-load bench-dataset clean
+.PHONY: help setup demo test check format dev bench-load bench-dataset bench-tokens clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -48,6 +48,9 @@ bench-load: .venv/.installed ## How long the code location takes to load
 
 bench-dataset: .venv/.installed ## Dataset preparation beside other tools, on synthetic exports
 	@$(BIN)/python benchmarks/dataset/bench.py
+
+bench-tokens: .venv/.installed ## Counting tokens beside `tokenizers`
+	@$(BIN)/python benchmarks/dataset/tokens.py
 
 clean: ## Remove the virtual environment and caches; data stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -182,5 +182,11 @@ def test_a_person_sees_the_lineage_and_an_assets_figures_in_a_browser(
         for text in ("eval_report", "delta_vs_base_loss", "base_loss", DATE):
             expect(page.get_by_text(text).first).to_be_visible(timeout=60_000)
         page.screenshot(path=pictures / "asset.png")
+        page.goto(f"{dev.url}/assets/brain/dataset_profile")
+        page.get_by_text("[Show Markdown]").first.click(timeout=60_000)
+        histogram = page.locator("img[src^='data:image/png']").first
+        expect(histogram).to_be_visible()
+        assert histogram.evaluate("image => image.naturalWidth") > 100
+        page.screenshot(path=pictures / "histogram.png")
         browser.close()
     assert (pictures / "lineage.png").stat().st_size > 20_000
