@@ -2,7 +2,7 @@
 
 import dagster as dg
 
-from lora_assets.assets import dataset, export, training
+from lora_assets.assets import dataset, evaluation, export, training
 from lora_assets.checks import ALL_CHECKS
 from lora_assets.jobs import train_and_export
 from lora_assets.partitions import dataset_dates
@@ -79,8 +79,8 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             dataset.dataset_profile,
             training.training_plan,
             training.adapter,
-            training.eval_report,
-            training.registered_adapter,
+            evaluation.eval_report,
+            evaluation.registered_adapter,
             export.merged_model,
             export.gguf,
             *([export.modelfile] if "ollama" in settings.targets else []),

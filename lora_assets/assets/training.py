@@ -1,31 +1,22 @@
-"""From a profile to a plan, an adapter, its evaluation and its version."""
+"""From a profile to a plan, and from there to an adapter."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import dagster as dg
 from pydantic import Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
-from finetune.evaluation.models import EvalReport
 from finetune.planning.models import Method, Task, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan
 from finetune.progress import Progress
 from finetune.publishing import is_complete
-from finetune.registry.champion import champion_ref, decide
-from finetune.registry.models import RegisteredVersion
-from finetune.registry.promotion import champion, promote, settle
-from finetune.registry.store import get_version, register_adapter
 from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest, TrainingResult
 from lora_assets.assets.common import (
     COMMON,
-    OWNERS,
-    PREFIX,
     SETTINGS,
     choice,
-    key,
     log_progress,
     made_from,
     no_retry_if_permanent,
@@ -34,23 +25,13 @@ from lora_assets.assets.common import (
     published_files,
     table,
 )
-from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
 from resources.trainer import LoraTrainer
 
-# What the run log keeps of a training, and the registry of an evaluation.
+# What the run log keeps of a training.
 LOGGED = {"final_loss", "training_steps", "gpu_hours", "tokens_seen", "tokens_per_second", "peak_memory_gb"}
-EVALUATED = (
-    "eval_loss",
-    "eval_perplexity",
-    "base_loss",
-    "delta_vs_base_loss",
-    "token_accuracy",
-    "exact_match",
-    "base_exact_match",
-)
 
 
 class PlanConfig(dg.Config):
@@ -224,156 +205,3 @@ def _train(
 
 def _logged(result: TrainingResult) -> dict[str, Any]:
     return result.model_dump(mode="json", include=LOGGED, exclude_none=True)
-
-
-@dg.asset(
-    **COMMON,
-    ins=made_from("adapter", "merged_dataset", "training_plan"),
-    group_name="training",
-    kinds={"pytorch", "html"},
-    code_version="1",
-    pool="gpu",
-    description="Base against adapter, and against the reigning champion, on held-out data: JSON, HTML and plots.",
-)
-def eval_report(
-    context: dg.AssetExecutionContext,
-    adapter: TrainingResult,
-    merged_dataset: PreparedDataset,
-    training_plan: TrainingPlan,
-    base_model: BaseModelSource,
-    store: ArtifactStore,
-) -> dg.MaterializeResult[EvalReport]:
-    """Evaluate on the prompts that training never saw."""
-    from finetune.evaluation.evaluate import evaluate_adapter
-
-    report = evaluate_adapter(
-        base_model=base_model.resolve(log_progress(context)),
-        adapter_path=store.layout.adapter(adapter.run_id),
-        dataset=merged_dataset.eval_path,
-        output_dir=store.layout.model(adapter.run_id, "evaluation"),
-        run_id=adapter.run_id,
-        champion=champion_ref(store.layout.registry),
-        max_length=training_plan.trial_config.max_length,
-        on_progress=log_progress(context),
-    )
-    low, high = report.delta_ci95
-    return dg.MaterializeResult(
-        value=report,
-        metadata={
-            "path": path(report.path),
-            "report": path(report.path / "report.html"),
-            "eval_loss": report.eval_loss,
-            "eval_perplexity": report.eval_perplexity,
-            "base_loss": report.base_loss,
-            "delta_vs_base_loss": report.delta_vs_base_loss,
-            "delta_ci95": f"{low:.4f} to {high:.4f}",
-            "token_accuracy": report.token_accuracy,
-            "base_token_accuracy": report.base_token_accuracy,
-            "exact_match": report.exact_match or 0.0,
-            "base_exact_match": report.base_exact_match or 0.0,
-            "records": report.records,
-            "answers": table([answer.model_dump() for answer in report.answers]),
-            "seconds": report.seconds,
-            "published": published_files(report.path),
-            "comparison": picture((report.path / "change.png").read_bytes()),
-            "reused": report.reused,
-        },
-    )
-
-
-class PromotionConfig(dg.Config):
-    """Who becomes champion, and what is exported."""
-
-    promote: bool = Field(False, description="Promote this run's version even if it does not beat the champion.")
-    export_version: str | None = Field(
-        None, description="Export this registered version (as v3) instead, whoever reigns."
-    )
-
-
-@dg.multi_asset(
-    outs={
-        "registered_adapter": dg.AssetOut(
-            key_prefix=PREFIX,
-            dagster_type=RegisteredVersion,
-            description="Version vN of the adapter with its SHA-256, lineage and manifest; champion or challenger.",
-            kinds={"python"},
-            owners=OWNERS,
-            group_name="training",
-            code_version="1",
-        ),
-        "promoted_adapter": dg.AssetOut(
-            key_prefix=PREFIX,
-            dagster_type=RegisteredVersion,
-            is_required=False,
-            description="The version that is exported: exists only for a champion, or one promoted by hand.",
-            kinds={"python"},
-            owners=OWNERS,
-            group_name="training",
-            code_version="1",
-        ),
-    },
-    ins=made_from("adapter", "eval_report", "merged_dataset", "training_plan"),
-    partitions_def=dataset_dates,
-    can_subset=False,
-)
-def registered_adapter(
-    context: dg.AssetExecutionContext,
-    config: PromotionConfig,
-    adapter: TrainingResult,
-    eval_report: EvalReport,
-    merged_dataset: PreparedDataset,
-    training_plan: TrainingPlan,
-    store: ArtifactStore,
-    base_model: BaseModelSource,
-) -> Iterator[dg.MaterializeResult[RegisteredVersion]]:
-    """Give the adapter its version; hand it on only if it is, or is made, champion."""
-    base = base_model.resolve(log_progress(context), weights=False)
-    registry, by = store.layout.registry, f"run {context.run.run_id}"
-    adapter_hash = eval_report.adapter_hash
-    version = register_adapter(
-        registry,
-        adapter_path=store.layout.adapter(adapter.run_id),
-        adapter_hash=adapter_hash,
-        trial_id=training_plan.trial_config.trial_id,
-        run_id=adapter.run_id,
-        metrics={name: value for name in EVALUATED if (value := getattr(eval_report, name)) is not None},
-        tags={"backend": adapter.backend, "date": context.partition_key},
-        lineage={
-            "date": context.partition_key,
-            "dataset_fingerprint": merged_dataset.fingerprint,
-            "plan": training_plan.trial_config.model_dump(),
-            "base_model": base.name,
-            "base_model_fingerprint": eval_report.base_fingerprint,
-            "recipe": SETTINGS.recipe,
-        },
-    )
-    if config.promote:
-        version = promote(registry, version.version, reason="its run's configuration said so", by=by)
-    else:
-        decision = decide(eval_report, champion(registry), adapter_hash=adapter_hash)
-        version = settle(registry, version.version, decision, by=by)
-    context.log.info(f"{version.version} is {version.status}: {version.reason}")
-    metadata: dict[str, Any] = {
-        "version": version.version,
-        "status": version.status,
-        "reason": version.reason,
-        "adapter_hash": version.adapter_hash,
-        "stored_path": path(version.stored_path),
-        "metrics": dg.MetadataValue.json(dict(version.metrics)),
-    }
-    yield dg.MaterializeResult(
-        asset_key=key("registered_adapter"),
-        value=version,
-        metadata=metadata,
-        data_version=dg.DataVersion(version.adapter_hash),
-    )
-    exported = get_version(registry, config.export_version) if config.export_version else version
-    if config.export_version or version.status == "champion":
-        yield dg.MaterializeResult(
-            asset_key=key("promoted_adapter"),
-            value=exported,
-            metadata={"version": exported.version, "reason": exported.reason, "path": path(exported.stored_path)},
-            data_version=dg.DataVersion(exported.adapter_hash),
-        )
-    else:
-        context.log.info(f"exports are skipped: {version.reason}")
