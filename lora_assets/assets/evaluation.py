@@ -74,6 +74,7 @@ def eval_report(
         on_progress=log_progress(context),
     )
     low, high = report.delta_ci95
+    rival = report.champion
     return dg.MaterializeResult(
         value=report,
         metadata={
@@ -89,6 +90,9 @@ def eval_report(
             "exact_match": report.exact_match or 0.0,
             "base_exact_match": report.base_exact_match or 0.0,
             "records": report.records,
+            "against_champion": f"{rival.version}: {rival.delta_vs_champion:+.4f}"
+            if rival
+            else "no champion to compare",
             "answers": table([answer.model_dump() for answer in report.answers]),
             "seconds": report.seconds,
             "published": published_files(report.path),
