@@ -38,7 +38,10 @@ def print_table(title: str | None, columns: list[str], rows: list[list[str]]) ->
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    # A log file is read in a window wider than the 80 columns that stand for "unknown".
+    console.width = console.width if console.is_terminal else max(console.width, 120)
+    console.print(table)
 
 
 def plain_errors(command: Callable[P, R]) -> Callable[P, R]:

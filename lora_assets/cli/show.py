@@ -50,18 +50,17 @@ def runs(
         return
     print_table(
         None,
-        ["id", "date", "status", "backend", "base model", "started", "time", "figures", "adapter or error"],
+        ["id", "date", "status", "training", "started", "time", "loss", "run, or what went wrong"],
         [
             [
                 str(row.id),
                 row.dataset_date or "",
                 row.status,
                 row.backend_label,
-                row.base_model,
-                f"{row.started_at:%Y-%m-%d %H:%M:%S}",
+                f"{row.started_at:%m-%d %H:%M}",
                 "" if row.seconds is None else f"{row.seconds:.0f} s",
-                ", ".join(f"{k} {v:.4g}" for k, v in row.metrics.items() if isinstance(v, int | float)),
-                row.error_message or row.adapter_path or "",
+                f"{row.metrics['final_loss']:.4f}" if "final_loss" in row.metrics else "",
+                row.error_message or row.training_run_id or row.adapter_path or "",
             ]
             for row in rows
         ],
