@@ -45,7 +45,7 @@ class Loop:
             capture_output=True,
             text=True,
             check=False,
-            timeout=600,
+            timeout=1100,
         )
 
     def run_json(self, *arguments: str, **environment: str) -> Any:
