@@ -19,7 +19,7 @@ setup: .venv/.installed ## Make .venv with everything in it (2 to 4 minutes, onc
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed, this is $$($(PYTHON) --version); set PYTHON=/path/to/python3.11"; exit 1; }
 	@echo "Installing into .venv (once, 2 to 4 minutes) ..."
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]' 2>&1 | grep -v "is ignored: it is neither a file nor a directory" || true
+	@$(BIN)/pip install -q -c constraints.txt -e '.[dev]' >.venv/install.log 2>&1 || { tail -20 .venv/install.log; exit 1; }
 	@$(BIN)/python -c 'import dagster, torch, trl, xllamacpp' && touch $@
 
 demo: .venv/.installed ## Run the whole loop on examples/exports (data lands in ./data/demo)

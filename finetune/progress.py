@@ -17,6 +17,8 @@ class ProgressEvent:
     figures: Mapping[str, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
+        if self.total is None and self.done == 0:
+            return f"{self.stage} ..."
         amount = f"{self.done}/{self.total}" if self.total is not None else f"{self.done}"
         figures = "".join(f" {name} {value:.4g}" for name, value in self.figures.items())
         return f"{self.stage}: {amount} {self.unit}{figures}"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune.dataset.discovery import ExportFile, stat_fingerprint, window_of
 from finetune.dataset.models import PreparedDataset
-from finetune.export.models import LmStudioExport, OllamaExport
+from finetune.export.models import GgufExport, LmStudioExport, OllamaExport
 from finetune.publishing import is_complete
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.promotion import champion
@@ -79,23 +78,33 @@ def _judge(
         return "stale", "settings of the training changed"
     if reigning is None or reigning.version != version.version:
         return "current", f"{version.version}, not the champion"
-    if missing := [name for name, path in _exports(settings, date, version.run_id) if path is None]:
-        return "stale", f"champion, but not exported: {', '.join(missing)}"
+    if reason := _export_missing(settings, date, version.run_id):
+        return "stale", f"champion, but {reason}"
     return "current", f"{version.version}, champion"
 
 
-def _exports(settings: Settings, date: str, run_id: str) -> list[tuple[str, Path | None]]:
-    kinds: dict[str, tuple[str, type[OllamaExport | LmStudioExport]]] = {
-        "ollama": ("modelfile", OllamaExport),
-        "lmstudio": ("lmstudio_export", LmStudioExport),
-    }
-    found: list[tuple[str, Path | None]] = []
-    for target in settings.targets:
-        name, model = kinds[target]
-        value = read_value(settings, name, date, model)
-        path = settings.layout.model(run_id, target)
-        found.append((name, path if value is not None and value.path == path and is_complete(path) else None))
-    return found
+def _export_missing(settings: Settings, date: str, run_id: str) -> str | None:
+    """Why the champion's exports are not those that the settings ask for, or None if they are."""
+    gguf = read_value(settings, "gguf", date, GgufExport)
+    if gguf is None or gguf.run_id != run_id or not is_complete(gguf.path):
+        return "not exported: gguf"
+    if gguf.quantized.quantization != settings.gguf_quantization:
+        return f"exported as {gguf.quantized.quantization}, not {settings.gguf_quantization} (GGUF_QUANTIZATION)"
+    if "ollama" in settings.targets:
+        ollama = read_value(settings, "modelfile", date, OllamaExport)
+        if ollama is None or ollama.path != settings.layout.model(run_id, "ollama") or not is_complete(ollama.path):
+            return "not exported: modelfile"
+        if settings.ollama_host and ollama.created_model != f"{settings.ollama_model_name}:{run_id}":
+            return "not created on OLLAMA_HOST"
+    if "lmstudio" in settings.targets:
+        lmstudio = read_value(settings, "lmstudio_export", date, LmStudioExport)
+        if lmstudio is None or lmstudio.path != settings.layout.model(run_id, "lmstudio"):
+            return "not exported: lmstudio_export"
+        if not lmstudio.gguf.is_relative_to(lmstudio.path / settings.lmstudio_publisher) or not is_complete(
+            lmstudio.path
+        ):
+            return "not exported for LMSTUDIO_PUBLISHER"
+    return None
 
 
 def read_value(settings: Settings, asset: str, date: str, model: type[Model]) -> Model | None:

@@ -1,9 +1,11 @@
 """Runs the whole graph of a dataset date in this process, on a Dagster instance that the UI can open."""
 
+import fcntl
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +14,13 @@ from dagster_shared.error import SerializableErrorInfo
 from pydantic import BaseModel, ConfigDict
 
 from finetune.dataset.discovery import discover_exports
+from finetune.errors import ConfigurationError, TransientError
 from lora_assets.settings import Settings
 from sensors.export_arrival import arrival
 
+# Marks the runs that happen in the process of a command, so that the next one can tell which of them were killed.
+TAGS = {"lora-assets/entry": "run"}
+KILLED = "its process was killed"
 DAGSTER_YAML = Path(__file__).with_name("dagster.yaml")
 
 
@@ -40,18 +46,31 @@ class DateOutcome(BaseModel):
     steps: list[StepOutcome]
     failed_checks: list[str]
     error: str | None
+    # whether trying again later may help
+    transient: bool = False
 
 
 def dagster_home(settings: Settings) -> Path:
-    """DAGSTER_HOME, or a folder under the data root that gets the settings for one machine."""
+    """DAGSTER_HOME, or a folder under the data root that gets the settings for one machine.
+
+    Raises:
+        ConfigurationError: the data root cannot be written to.
+    """
     configured = os.environ.get("DAGSTER_HOME")
     if configured:
         return Path(configured)
     home = settings.data_root / "dagster"
-    home.mkdir(parents=True, exist_ok=True)
-    target = home / "dagster.yaml"
-    if not target.exists():
-        target.write_bytes(DAGSTER_YAML.read_bytes())
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        target = home / "dagster.yaml"
+        if not target.exists():
+            target.write_bytes(DAGSTER_YAML.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(
+            f"the data root cannot be written to: {error.strerror}",
+            where=settings.data_root,
+            remedy="Set DATA_ROOT to a directory that this user may write to",
+        ) from error
     os.environ["DAGSTER_HOME"] = str(home)
     return home
 
@@ -86,36 +105,71 @@ def _meta(record: logging.LogRecord) -> Mapping[str, Any]:
     return {name: value for name, value in meta.items() if value is not None}
 
 
-def run_date(
-    settings: Settings, date: str, *, on_step: Callable[[StepOutcome], None] = lambda step: None
-) -> DateOutcome:
+def run_date(settings: Settings, date: str) -> DateOutcome:
     """Materialize the whole graph of one date.
 
     Args:
         settings: in force.
         date: the dataset date; its partition is added if need be.
-        on_step: told of each asset when it is there.
+
+    Raises:
+        ConfigurationError: the data root cannot be written to.
+        TransientError: another process runs dates on this data root, or the run log's database does not answer.
     """
-    dagster_home(settings)
-    from lora_assets.definitions import defs
+    home = dagster_home(settings)
+    from lora_assets.definitions import defs, open_run_log
     from lora_assets.jobs import train_and_export
     from lora_assets.partitions import dataset_dates
 
     started = time.monotonic()
-    with dg.DagsterInstance.get() as instance:
+    with _alone(home), dg.DagsterInstance.get() as instance:
+        _close_killed_runs(instance, settings)
+        if settings.database_url:
+            # Better now than after hours of preparation.
+            run_log = open_run_log(settings)
+            run_log.recent(1)
+            run_log.close()
         instance.add_dynamic_partitions(str(dataset_dates.name), [date])
         _report_arrival(instance, settings, date)
-        job = defs.resolve_job_def(train_and_export.name)
-        result = job.execute_in_process(
+        result = defs.resolve_job_def(train_and_export.name).execute_in_process(
             instance=instance,
             partition_key=date,
             raise_on_error=False,
             run_config={"loggers": {"console": {}}},
+            tags=TAGS,
         )
-        outcome = _outcome(date, result.success, result.run_id, result.all_events, time.monotonic() - started)
-    for step in outcome.steps:
-        on_step(step)
-    return outcome
+        return _outcome(date, result.success, result.run_id, result.all_events, time.monotonic() - started)
+
+
+@contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """Hold the lock that keeps two processes from running dates on one Dagster home.
+
+    Raises:
+        TransientError: another process holds it.
+    """
+    with (home / "run.lock").open("a") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TransientError(
+                "another lora-assets run is at work on this data root", where=home, remedy="Run again when it has ended"
+            ) from error
+        yield
+
+
+def _close_killed_runs(instance: dg.DagsterInstance, settings: Settings) -> None:
+    """End what processes like this one left behind when they were killed: runs, pool slots, rows of the run log.
+
+    Whoever holds the lock knows that no other such process is alive.
+    """
+    from lora_assets.definitions import close_rows
+
+    unfinished = [dg.DagsterRunStatus.NOT_STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED]
+    for run in instance.get_runs(dg.RunsFilter(tags=TAGS, statuses=unfinished)):
+        instance.report_run_failed(run, KILLED)
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+        close_rows(settings, run.run_id, KILLED)
 
 
 def _report_arrival(instance: dg.DagsterInstance, settings: Settings, date: str) -> None:
@@ -132,6 +186,19 @@ def _report_arrival(instance: dg.DagsterInstance, settings: Settings, date: str)
     told = known[0].asset_materialization if known else None
     if told is None or (told.tags or {}).get("dagster/data_version") != (event.tags or {})["dagster/data_version"]:
         instance.report_runless_asset_event(event)
+
+
+def _is_transient(events: Sequence[dg.DagsterEvent]) -> bool:
+    """Whether every step that failed did so by an error that may pass."""
+    errors = [event.step_failure_data.error for event in events if event.is_step_failure]
+    passing = {"TransientError", "StorageFullError", "RemoteError"}
+    return bool(errors) and all(passing & set(_classes(error)) for error in errors)
+
+
+def _classes(error: SerializableErrorInfo | None) -> Iterator[str]:
+    while error is not None:
+        yield str(error.cls_name)
+        error = error.cause or error.context
 
 
 def _cause(error: SerializableErrorInfo) -> str:
@@ -181,5 +248,6 @@ def _outcome(date: str, success: bool, run_id: str, events: Sequence[dg.DagsterE
         seconds=seconds,
         steps=steps,
         failed_checks=failed,
+        transient=_is_transient(events),
         error=None if success else "; ".join(errors or ["see the Dagster UI"]),
     )

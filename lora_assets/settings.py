@@ -17,7 +17,7 @@ from finetune.dataset.parameters import PLAIN, PrepareParameters
 from finetune.dataset.screening import SensitiveMode
 from finetune.errors import ConfigurationError
 from finetune.layout import DataLayout
-from finetune.planning.models import Method, Task
+from finetune.planning.models import Task, TrainableMethod
 from finetune.publishing import sha256_json
 
 ExportTarget = Literal["ollama", "lmstudio"]
@@ -98,7 +98,7 @@ class Settings(BaseSettings):
         0.8, ge=0.7, le=1, description="Least similarity of near-duplicates: Jaccard, of three-word shingles."
     )
 
-    training_method: Method = Field("lora", description="lora, qlora (4-bit base), prefix or ia3.")
+    training_method: TrainableMethod = Field("lora", description="lora, qlora (4-bit base), prefix or ia3.")
     training_task: Task = Field("instruction", description="What the adapter is for; the plan's defaults follow it.")
     lora_rank: int | None = Field(None, ge=1, description="Rank of the adapter; unset: the plan chooses.")
     train_epochs: float | None = Field(None, gt=0, description="Passes over the data; unset: the plan chooses.")
@@ -270,7 +270,7 @@ def load_settings() -> Settings:
     except ValidationError as error:
         problems = "; ".join(_describe(problem) for problem in error.errors())
         raise ConfigurationError(
-            problems, where="environment", remedy="See `lora-assets config` and the table in the README"
+            problems, where="environment", remedy="The README has a table of all variables"
         ) from error
 
 
@@ -281,6 +281,9 @@ def _describe(problem: Any) -> str:
     field: FieldInfo = Settings.model_fields[name.lower()]
     value = "" if is_secret(field) else f"={problem['input']}"
     message = str(problem["msg"]).removeprefix("Value error, ")
+    if problem["type"] == "string_pattern_mismatch":
+        # A pattern is no answer to what is allowed; the field's meaning is.
+        message = f"not of the form that it must have. {field.description}"
     return f"{name.upper()}{value}: {message}"
 
 

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 # full is estimated, for comparison, and never trained
 Method = Literal["full", "lora", "qlora", "prefix", "ia3"]
+TrainableMethod = Literal["lora", "qlora", "prefix", "ia3"]
 Task = Literal["instruction", "domain", "chat", "style"]
 
 

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from finetune.errors import FinetuneError, TransientError
+from finetune.errors import ConfigurationError, FinetuneError, TransientError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+Model = TypeVar("Model", bound=BaseModel)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
-out = Console(soft_wrap=True, highlight=False)
-err = Console(stderr=True, soft_wrap=True, highlight=False)
+out = Console(soft_wrap=True, highlight=False, emoji=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
 # sysexits.h: trying again later may help.
 EXIT_TRANSIENT = 75
@@ -37,11 +42,30 @@ def print_table(title: str | None, columns: list[str], rows: list[list[str]]) ->
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*row)
-    console = Console(highlight=False)
+        # As text: what stands in brackets in a path or an answer is no markup.
+        table.add_row(*(Text(cell) for cell in row))
+    console = Console(highlight=False, emoji=False)
     # A log file is read in a window wider than the 80 columns that stand for "unknown".
     console.width = console.width if console.is_terminal else max(console.width, 120)
     console.print(table)
+
+
+def read_model(path: Path, model: type[Model]) -> Model:
+    """A result that another command printed with ``--json``.
+
+    Raises:
+        ConfigurationError: the file is missing, or does not hold such a result.
+    """
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ConfigurationError(f"cannot be read: {error.strerror}", where=path, remedy="Name a file") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ConfigurationError(
+            f"not a {model.__name__}: {place} {first['msg']}", where=path, remedy="Make it with --json"
+        ) from error
 
 
 def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
@@ -54,5 +78,11 @@ def plain_errors(command: Callable[P, R]) -> Callable[P, R]:
         except FinetuneError as error:
             err.print(f"error: {error}", style="red", markup=False)
             raise typer.Exit(EXIT_TRANSIENT if isinstance(error, TransientError) else 1) from error
+        except OSError as error:
+            if error.filename is None:
+                raise
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            err.print(f"error: {error.strerror} [{error.filename}]", style="red", markup=False)
+            raise typer.Exit(EXIT_TRANSIENT if full else 1) from error
 
     return wrapped

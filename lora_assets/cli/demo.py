@@ -44,7 +44,12 @@ QUESTIONS = 3
 
 @plain_errors
 def demo(
-    exports: Annotated[Path, typer.Option(help="A directory of exports to play the loop's output.")] = EXAMPLES,
+    exports: Annotated[
+        Path,
+        typer.Option(
+            help="A directory of exports to play the loop's output.", show_default="examples/exports of the source tree"
+        ),
+    ] = EXAMPLES,
 ) -> None:
     """Run the whole loop on the example exports, date after date, as they would arrive."""
     for name, value in DEMO_SETTINGS.items():
@@ -168,7 +173,7 @@ def _print_answers(settings: Settings, date: str) -> None:
 
 @plain_errors
 def dev(
-    port: Annotated[int, typer.Option(help="Port of the UI.")] = 3000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the UI.")] = 3000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
 ) -> None:
     """Open the Dagster UI and daemon on this machine, on the data root's own history."""

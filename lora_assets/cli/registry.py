@@ -33,6 +33,9 @@ def list_all(as_json: Json = False) -> None:
     if as_json:
         print_json([version.model_dump(mode="json") for version in versions])
         return
+    if not versions:
+        out.print("no version yet")
+        return
     print_table(
         None,
         ["version", "status", "run", "held-out loss", "why"],

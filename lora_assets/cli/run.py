@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from finetune.dataset.discovery import discover_exports
-from finetune.errors import DatasetError
-from lora_assets.cli.console import Json, err, out, plain_errors, print_json, print_table
+from finetune.errors import ConfigurationError, DatasetError
+from lora_assets.cli.console import EXIT_TRANSIENT, Json, err, out, plain_errors, print_json, print_table
 from lora_assets.freshness import DateState, choose_dates, date_states
 from lora_assets.settings import Settings, load_settings
 
@@ -25,8 +25,11 @@ def run(
     """Make what is missing or stale, oldest date first.
 
     Without options: each date that was never made, and the newest of those whose inputs or settings changed
-    (all of them with RETRAIN=all). Exits with 0 if every run succeeded; a challenger that loses is a success.
+    (all of them with RETRAIN=all). Exits with 0 if every run succeeded (a challenger that loses is a success),
+    with 75 if trying again later may help, else with 1.
     """
+    if sum([date is not None, every, latest]) > 1:
+        raise ConfigurationError("--date, --all and --latest exclude each other", remedy="Give one of them")
     settings = load_settings()
     states = find_states(settings)
     if date is None:
@@ -76,7 +79,7 @@ def make_dates(settings: Settings, dates: Sequence[str], *, as_json: bool) -> No
     """Run the graph for each date and print how it ended; a failed date does not keep the others from running.
 
     Raises:
-        typer.Exit: with code 1, if a run failed.
+        typer.Exit: with code 1 if a run failed, 75 if trying again later may help.
     """
     from lora_assets.cli.summary import print_outcome
     from lora_assets.runner import run_date
@@ -96,4 +99,4 @@ def make_dates(settings: Settings, dates: Sequence[str], *, as_json: bool) -> No
     for outcome in failed:
         err.print(f"error: {outcome.date} failed: {outcome.error}", style="red", markup=False)
     if failed:
-        raise typer.Exit(1)
+        raise typer.Exit(EXIT_TRANSIENT if all(outcome.transient for outcome in failed) else 1)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lora_assets.cli.console import Json, plain_errors, print_json, print_table
+from lora_assets.cli.console import Json, out, plain_errors, print_json, print_table
 
 
 @plain_errors
@@ -16,18 +16,20 @@ def config(as_json: Json = False) -> None:
 
     settings = load_settings()
     origin = sources(settings)
+    # What an unset variable stands for.
+    derived = {"exports_dir": settings.exports, "exports_pattern": settings.pattern, "train_device": settings.device}
     rows: list[dict[str, Any]] = []
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
-        shown = "********" if value is not None and is_secret(field) else value
+        shown = "********" if value is not None and is_secret(field) else derived.get(name, value)
         rows.append({"variable": name.upper(), "value": shown, "source": origin[name], "meaning": field.description})
     if as_json:
         print_json(rows)
         return
     print_table(
         None,
-        ["variable", "value", "source", "meaning"],
-        [[r["variable"], "" if r["value"] is None else str(r["value"]), r["source"], r["meaning"] or ""] for r in rows],
+        ["variable", "value", "source"],
+        [[r["variable"], "" if r["value"] is None else str(r["value"]), r["source"]] for r in rows],
     )
 
 
@@ -47,6 +49,9 @@ def runs(
         log.close()
     if as_json:
         print_json([row.model_dump(mode="json") | {"backend_label": row.backend_label} for row in rows])
+        return
+    if not rows:
+        out.print("no training yet")
         return
     print_table(
         None,

@@ -24,8 +24,12 @@ FIGURES = {
 
 def print_outcome(outcome: DateOutcome) -> None:
     """One date: its assets with time, main figures and path; then checks that failed, then the error."""
+    title = f"\n{outcome.date}: {outcome.status} in {outcome.seconds:.0f} s"
+    if not outcome.steps:
+        out.print(title)
+        return
     print_table(
-        f"\n{outcome.date}: {outcome.status} in {outcome.seconds:.0f} s",
+        title,
         ["asset", "time", "figures", "path"],
         [[step.asset, _time(step), _figures(step), _path(step)] for step in outcome.steps],
     )

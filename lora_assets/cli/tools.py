@@ -12,9 +12,9 @@ from finetune.base_model.models import BaseModelRef
 from finetune.base_model.resolve import resolve_base_model
 from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import DatasetProfile
-from finetune.planning.models import Method, Task
+from finetune.planning.models import Method, Task, TrainableMethod
 from finetune.progress import Progress, ProgressEvent, ignore_progress
-from lora_assets.cli.console import Json, err, plain_errors, print_json, print_table
+from lora_assets.cli.console import Json, err, plain_errors, print_json, print_table, read_model
 from lora_assets.settings import load_settings
 
 BaseModelOption = Annotated[
@@ -111,7 +111,7 @@ def plan(
     from finetune.planning.plan import make_plan
 
     settings = load_settings()
-    profile = DatasetProfile.model_validate_json(dataset_profile.read_bytes()) if dataset_profile else ASSUMED_PROFILE
+    profile = read_model(dataset_profile, DatasetProfile) if dataset_profile else ASSUMED_PROFILE
     # A directory may hold the configuration alone: a plan needs no more.
     local = base_model is not None and Path(base_model).is_dir()
     result = make_plan(
@@ -132,7 +132,7 @@ def train(
     output: OutputOption,
     base_model: BaseModelOption = None,
     plan: Annotated[Path | None, typer.Option(help="JSON of `plan --json`; without it, one is made.")] = None,
-    method: Annotated[Method, typer.Option(help="How to train, where a plan is made.")] = "lora",
+    method: Annotated[TrainableMethod, typer.Option(help="How to train, where a plan is made.")] = "lora",
     attention: AttentionOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything up to loading the model.")] = False,
     as_json: Json = False,
@@ -150,7 +150,7 @@ def train(
     settings = load_settings()
     base = find_base(base_model)
     if plan is not None:
-        chosen = TrainingPlan.model_validate_json(plan.read_bytes())
+        chosen = read_model(plan, TrainingPlan)
     else:
         overrides = PlanOverrides(
             lora_rank=settings.lora_rank,

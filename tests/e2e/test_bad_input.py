@@ -87,6 +87,29 @@ def test_a_date_without_exports(loop: Loop) -> None:
     assert_plain(loop.run("run", "--date", "1999-01-01"), "no exports of 1999-01-01", DATES[0])
 
 
+def test_a_database_that_does_not_answer_is_told_at_once_and_may_be_tried_again(loop: Loop) -> None:
+    arrive(loop)
+    done = loop.run("run", DATABASE_URL="postgresql://me:s3cret@127.0.0.1:9/runs")
+    assert_plain(done, "DATABASE_URL", "does not answer", code=75)
+    assert "s3cret" not in done.stdout + done.stderr
+    assert not (loop.root / "prepared").exists()
+
+
+def test_a_data_root_that_cannot_be_written_to(loop: Loop) -> None:
+    arrive(loop)
+    done = loop.run("run", DATA_ROOT="/proc/nowhere", EXPORTS_DIR=str(loop.layout.exports))
+    assert_plain(done, "/proc/nowhere", "Set DATA_ROOT")
+
+
+def test_a_plan_that_is_none(loop: Loop) -> None:
+    plan = loop.root / "plan.json"
+    plan.write_text("{")
+    dataset, output = str(next(EXAMPLES.glob("*wiki*"))), str(loop.root / "a")
+    arguments = ["train", "--dataset", dataset, "--output", output, "--plan"]
+    assert_plain(loop.run(*arguments, str(plan)), str(plan), "not a TrainingPlan")
+    assert_plain(loop.run(*arguments, str(plan) + "x"), "cannot be read")
+
+
 def test_an_export_with_only_bad_lines_fails_the_run(loop: Loop) -> None:
     loop.layout.exports.mkdir(parents=True)
     bad = loop.layout.exports / "brain_dataset_2026-07-01.jsonl"

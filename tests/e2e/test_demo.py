@@ -134,9 +134,12 @@ def test_a_version_promoted_by_hand_is_exported_by_the_next_run(demo: Loop, loop
     assert loop.run_json("registry", "promote", "v1", "--reason", "for the test")["status"] == "champion"
     (stale,) = [state for state in loop.run_json("run", "--dry-run")["dates"] if state["state"] == "stale"]
     assert stale["date"] == DATES[0]
-    assert "lmstudio_export" in stale["reason"]
+    assert "champion, but not exported" in stale["reason"]
     loop.run_json("run")
     assert (root / "models" / first.run_id / "lmstudio" / "manifest.json").is_file()
+    assert loop.run_json("run", "--dry-run")["to_make"] == []
+    other = loop.run_json("run", "--dry-run", GGUF_QUANTIZATION="Q8_0")
+    assert other["to_make"] == [DATES[0]], "another quantization is another export"
     assert loop.run_json("registry", "rollback")["version"] == "v3"
 
 

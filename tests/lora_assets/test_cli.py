@@ -131,3 +131,13 @@ def test_deletions_names_the_published_datasets_that_hold_what_is_on_the_list(cl
     missing = cli.invoke(app, ["dataset", "deletions"])
     assert missing.exit_code == 1
     assert "DELETION_LIST" in missing.output
+
+
+def test_brackets_and_colons_in_a_table_or_an_error_are_text(capsys: pytest.CaptureFixture[str]) -> None:
+    from lora_assets.cli.console import err, print_table
+
+    print_table(None, ["error"], [["no space left [/data/work/x] :x: [bold]"]])
+    err.print("error: WINDOW=last:x: wrong [environment]", markup=False)
+    shown = capsys.readouterr()
+    assert "[/data/work/x] :x: [bold]" in shown.out
+    assert "last:x: wrong [environment]" in shown.err
