@@ -7,6 +7,7 @@ import shutil
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
+from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -160,6 +161,20 @@ class Settings(BaseSettings):
             raise ValueError("write field=column, comma-separated, such as instruction=question,output=answer")
         if len(set(fields)) < len(fields):
             raise ValueError("a field stands there twice")
+        return value
+
+    @field_validator("database_url", "samples_database_url")
+    @classmethod
+    def _postgresql(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is None:
+            return None
+        try:
+            parts = urlsplit(value.get_secret_value())
+            good = parts.scheme.split("+")[0] in ("postgres", "postgresql") and parts.port != 0
+        except ValueError:
+            good = False
+        if not good:
+            raise ValueError("not the URL of a PostgreSQL server: postgresql://user:password@host:5432/database")
         return value
 
     @field_validator("data_root", "exports_dir", "deletion_list")

@@ -173,7 +173,7 @@ def test_a_full_disk_fails_the_run_and_leaves_nothing(loop: Loop, tmp_path: Path
     done = subprocess.run(
         ["unshare", "-rm", "sh", "-c", script], env=loop.environment, capture_output=True, text=True, check=False
     )
-    assert_plain(done, "no space left", "Free space")
+    assert_plain(done, "no space left", "Free space", code=75)
     assert TEMPORARY_MARK not in done.stdout
     found = [line for line in done.stdout.splitlines() if line.endswith(MANIFEST_NAME) and ".index" not in line]
     assert found == []

@@ -65,7 +65,8 @@ def test_a_wrong_value_is_named_with_what_is_allowed(
         load_settings()
     for part in told:
         assert part in str(error.value)
-    assert "pw" not in str(error.value)
+    assert "me:pw" not in str(error.value)
+    assert "notaurl:pw" not in str(error.value)
 
 
 def test_h2o_needs_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
