@@ -16,7 +16,7 @@ from finetune.dataset.discovery import ExportFile, discover_exports
 from finetune.errors import DatasetError
 from finetune.progress import ProgressEvent
 from finetune.publishing import temporary_sibling
-from lora_assets.cli.console import err, out, plain_errors, print_table
+from lora_assets.cli.console import Json, err, out, plain_errors, print_json, print_table
 
 if TYPE_CHECKING:
     from lora_assets.runner import DateOutcome
@@ -50,8 +50,12 @@ def demo(
             help="A directory of exports to play the loop's output.", show_default="examples/exports of the source tree"
         ),
     ] = EXAMPLES,
+    as_json: Json = False,
 ) -> None:
     """Run the whole loop on the example exports, date after date, as they would arrive."""
+    if as_json:
+        # Standard output is the document's alone.
+        out.file = sys.stderr
     for name, value in DEMO_SETTINGS.items():
         os.environ.setdefault(name, value)
     from lora_assets.settings import load_settings
@@ -64,7 +68,10 @@ def demo(
         raise DatasetError(f"no file is named {settings.pattern}", where=exports, remedy="Pass --exports DIRECTORY")
     _prepare_base_model(settings)
     outcomes = _play(settings, files)
-    _conclude(settings, outcomes)
+    if as_json:
+        print_json({"runs": [outcome.model_dump() for outcome in outcomes], "seconds": time.monotonic() - started})
+    else:
+        _conclude(settings, outcomes)
     out.print(f"\nThe demo took {time.monotonic() - started:.0f} s. Run it again: what is unchanged is reused.")
     if any(outcome.status == "FAILURE" for outcome in outcomes):
         raise typer.Exit(1)
@@ -175,6 +182,7 @@ def _print_answers(settings: Settings, date: str) -> None:
 def dev(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the UI.")] = 3000,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    as_json: Json = False,
 ) -> None:
     """Open the Dagster UI and daemon on this machine, on the data root's own history."""
     from lora_assets.runner import dagster_home
@@ -183,7 +191,12 @@ def dev(
     settings = load_settings()
     home = dagster_home(settings)
     settings.exports.mkdir(parents=True, exist_ok=True)
-    out.print(f"UI: http://{host}:{port}  history: {home}  watched: {settings.exports}/{settings.pattern}")
-    out.print("Switch the sensor export_arrival on under Automation, then drop an export into the watched directory.")
+    if as_json:
+        print_json({"url": f"http://{host}:{port}", "dagster_home": str(home), "exports": str(settings.exports)})
+    else:
+        out.print(f"UI: http://{host}:{port}  history: {home}  watched: {settings.exports}/{settings.pattern}")
+        out.print(
+            "Switch export_arrival on under Automation, then drop an export into the watched directory."
+        )
     program = str(Path(sys.executable).with_name("dagster"))
     os.execv(program, [program, "dev", "-m", "lora_assets.definitions", "-h", host, "-p", str(port)])

@@ -103,6 +103,8 @@ def test_a_second_demo_trains_nothing_again(demo: Loop) -> None:
     assert "(reused)" in again.stdout
     assert {path: path.stat().st_mtime_ns for path in demo.root.rglob("adapter_model.safetensors")} == before
     assert len(demo.run_json("runs")) == 3
+    for_machines = demo.run_json("demo")
+    assert [run["status"] for run in for_machines["runs"]] == ["SUCCESS"]
 
 
 def tree(root: Path) -> dict[str, str]:

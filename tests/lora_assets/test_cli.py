@@ -10,8 +10,6 @@ from typer.testing import CliRunner
 
 from lora_assets.cli.app import app
 
-INTERACTIVE = {"demo", "dev"}
-
 
 def commands() -> dict[str, typer.models.CommandInfo]:
     found = {str(command.name or command.callback.__name__): command for command in app.registered_commands}  # type: ignore[union-attr]
@@ -39,8 +37,7 @@ def test_every_command_has_help_with_an_example_and_json_for_machines(cli: CliRu
     text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
     assert "Example:" in text
     assert name.split()[-1] in text.split("Example:")[1]
-    if name not in INTERACTIVE:
-        assert "--json" in text
+    assert "--json" in text
 
 
 def test_the_same_things_have_the_same_flags_everywhere() -> None:
