@@ -1,5 +1,8 @@
 """The composition root: what exists, how it is made, when it runs."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import dagster as dg
 
 from lora_assets.assets import dataset, evaluation, export, training
@@ -33,19 +36,21 @@ def build_base_model(settings: Settings) -> BaseModelSource:
     )
 
 
-def open_run_log(settings: Settings) -> RunLog:
-    """The run log outside of Dagster's own handling of resources; the caller closes it."""
+@contextmanager
+def open_run_log(settings: Settings) -> Iterator[RunLog]:
+    """The run log outside of Dagster's own handling of resources, closed with the block."""
     url = settings.database_url.get_secret_value() if settings.database_url else ""
-    return RunLog(database_url=url, data_dir=str(settings.data_root))
+    run_log = RunLog(database_url=url, data_dir=str(settings.data_root))
+    try:
+        yield run_log
+    finally:
+        run_log.close()
 
 
 def close_rows(settings: Settings, dagster_run_id: str, reason: str) -> list[int]:
     """Close the run log's rows of a Dagster run that is over."""
-    run_log = open_run_log(settings)
-    try:
+    with open_run_log(settings) as run_log:
         return run_log.close_orphans(lambda owner: reason if owner == dagster_run_id else None)
-    finally:
-        run_log.close()
 
 
 def build_trainer(settings: Settings) -> LoraTrainer:

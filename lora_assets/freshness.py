@@ -98,11 +98,10 @@ def _export_missing(settings: Settings, date: str, run_id: str) -> str | None:
             return "not created on OLLAMA_HOST"
     if "lmstudio" in settings.targets:
         lmstudio = read_value(settings, "lmstudio_export", date, LmStudioExport)
-        if lmstudio is None or lmstudio.path != settings.layout.model(run_id, "lmstudio"):
+        path = settings.layout.model(run_id, "lmstudio")
+        if lmstudio is None or lmstudio.path != path or not is_complete(path):
             return "not exported: lmstudio_export"
-        if not lmstudio.gguf.is_relative_to(lmstudio.path / settings.lmstudio_publisher) or not is_complete(
-            lmstudio.path
-        ):
+        if not lmstudio.gguf.is_relative_to(path / settings.lmstudio_publisher):
             return "not exported for LMSTUDIO_PUBLISHER"
     return None
 

@@ -126,9 +126,8 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
         _close_killed_runs(instance, settings)
         if settings.database_url:
             # Better now than after hours of preparation.
-            run_log = open_run_log(settings)
-            run_log.recent(1)
-            run_log.close()
+            with open_run_log(settings) as run_log:
+                run_log.recent(1)
         instance.add_dynamic_partitions(str(dataset_dates.name), [date])
         _report_arrival(instance, settings, date)
         result = defs.resolve_job_def(train_and_export.name).execute_in_process(
@@ -191,7 +190,7 @@ def _report_arrival(instance: dg.DagsterInstance, settings: Settings, date: str)
 def _is_transient(events: Sequence[dg.DagsterEvent]) -> bool:
     """Whether every step that failed did so by an error that may pass."""
     errors = [event.step_failure_data.error for event in events if event.is_step_failure]
-    passing = {"TransientError", "StorageFullError", "RemoteError"}
+    passing = {TransientError.__name__, *(kind.__name__ for kind in TransientError.__subclasses__())}
     return bool(errors) and all(passing & set(_classes(error)) for error in errors)
 
 

@@ -42,11 +42,8 @@ def runs(
     from lora_assets.definitions import open_run_log
     from lora_assets.settings import load_settings
 
-    log = open_run_log(load_settings())
-    try:
+    with open_run_log(load_settings()) as log:
         rows = log.recent(limit)
-    finally:
-        log.close()
     if as_json:
         print_json([row.model_dump(mode="json") | {"backend_label": row.backend_label} for row in rows])
         return
