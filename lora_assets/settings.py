@@ -113,6 +113,12 @@ class Settings(BaseSettings):
     vram_limit_gb: float | None = Field(None, gt=0, description="Memory of the card that the plan must fit.")
     seed: int = Field(42, description="Seed of everything random.")
 
+    min_champion_gain: float = Field(
+        0.001,
+        ge=0,
+        description="Nats per token by which a new champion's loss must be lower at the worse end of its interval.",
+    )
+
     h2o_api_url: str | None = Field(None, description="H2O LLM Studio's address; needed with TRAINING_BACKEND=h2o.")
     h2o_api_key: SecretStr | None = Field(None, description="Bearer key for H2O_API_URL.")
 

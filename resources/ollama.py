@@ -12,14 +12,17 @@ import httpx
 from pydantic import Field
 
 from finetune.errors import ExportError, RemoteError
-from finetune.export.modelfile import read_modelfile
+from finetune.export.modelfile import MODELFILE, read_modelfile
 from finetune.export.models import OllamaExport
+from finetune.layout import DataLayout
 from finetune.progress import Progress, ProgressEvent, ignore_progress
-from finetune.publishing import sha256_file
+from finetune.publishing import is_complete, sha256_file
+from finetune.registry.promotion import champion
 
 if TYPE_CHECKING:
     import ollama
 
+CHAMPION_TAG = "champion"
 _TEST_PROMPT = "Hello"
 
 
@@ -48,12 +51,7 @@ class OllamaServer(dg.ConfigurableResource["OllamaServer"]):
             ExportError: no host is set, the server refuses the model, or it does not answer with it.
             RemoteError: the server cannot be reached or is busy.
         """
-        if self.host is None:
-            raise ExportError("no Ollama server is set", where="OLLAMA_HOST", remedy="Set it to the server's address")
-        import ollama
-
-        host = (self.host if "://" in self.host else f"http://{self.host}").rstrip("/")
-        client = ollama.Client(host=host, timeout=self.timeout, trust_env=False)
+        client, host = self._connect()
         with self._errors(name):
             request = _create_request(client, host, modelfile, on_progress)
             for status in client.create(model=name, stream=True, **request):
@@ -66,6 +64,60 @@ class OllamaServer(dg.ConfigurableResource["OllamaServer"]):
         if not answer.done:
             raise ExportError("the created model did not finish an answer", where=f"{self.host} {name}")
         return name
+
+    def serve_champion(
+        self, layout: DataLayout, model_name: str, *, on_progress: Progress = ignore_progress
+    ) -> str | None:
+        """Point ``<model_name>:champion`` at the model of the version that reigns.
+
+        The registry is the truth and is written before: a call that was killed or failed is made good by
+        the next one, and calls at once agree, as each looks again at who reigns when it is done. A model
+        that the server lacks is created from its exports.
+
+        Returns:
+            The model that is served now, or None where nobody reigns or its exports are not made yet.
+
+        Raises:
+            ExportError: no host is set, or the server refuses the model.
+            RemoteError: the server cannot be reached or is busy.
+        """
+        served: str | None = None
+        while (reigning := champion(layout.registry)) is not None:
+            name = f"{model_name}:{reigning.run_id}"
+            if name == served:
+                break
+            if not self._copy(name, f"{model_name}:{CHAMPION_TAG}"):
+                modelfile = layout.model(reigning.run_id, "ollama") / MODELFILE
+                if not is_complete(modelfile.parent):
+                    return None
+                self.create_model(name, modelfile, on_progress=on_progress)
+                if not self._copy(name, f"{model_name}:{CHAMPION_TAG}"):
+                    raise ExportError("the server lost the model that it created", where=f"{self.host} {name}")
+            served = name
+        return served
+
+    def _copy(self, source: str, destination: str) -> bool:
+        """Give a model a second name, whatever bore that name; whether the server has the model."""
+        import ollama
+
+        client, _ = self._connect()
+        with self._errors(source):
+            try:
+                client.copy(source, destination)
+            except ollama.ResponseError as error:
+                if error.status_code != httpx.codes.NOT_FOUND:
+                    raise
+                return False
+        return True
+
+    def _connect(self) -> tuple[ollama.Client, str]:
+        """A client, and the server's address as a URL."""
+        if self.host is None:
+            raise ExportError("no Ollama server is set", where="OLLAMA_HOST", remedy="Set it to the server's address")
+        import ollama
+
+        host = (self.host if "://" in self.host else f"http://{self.host}").rstrip("/")
+        return ollama.Client(host=host, timeout=self.timeout, trust_env=False), host
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 A candidate becomes champion if
 
-1. it beats its base model: the whole 95 % confidence interval of the change in loss lies below zero;
+1. it beats its base model: the whole 95 % confidence interval of the change in loss lies below zero by at least
+   the least gain, so that a difference that is real but of no use to anyone changes nothing;
 2. and it answers every regression prompt as expected;
 3. and it beats the reigning champion in the same way, on the same held-out records.
 
@@ -34,13 +35,16 @@ def champion_ref(registry: Path) -> ChampionRef | None:
     )
 
 
-def decide(report: EvalReport, reigning: RegisteredVersion | None, *, adapter_hash: str) -> Decision:
+def decide(
+    report: EvalReport, reigning: RegisteredVersion | None, *, adapter_hash: str, min_gain: float = 0.0
+) -> Decision:
     """Whether the evaluated adapter becomes champion.
 
     Args:
         report: its evaluation.
         reigning: the version that reigns now, if any.
         adapter_hash: the candidate's.
+        min_gain: by how much its loss must be lower, in nats per token, at the worse end of the interval.
 
     Raises:
         ArtifactError: the report speaks of another adapter.
@@ -59,8 +63,8 @@ def decide(report: EvalReport, reigning: RegisteredVersion | None, *, adapter_ha
     if reigning is not None and reigning.adapter_hash == adapter_hash:
         return decision(True, f"it is the reigning champion {against} itself")
     on_base = _comparison("the base model", report.base_loss, report.eval_loss, report.delta_ci95)
-    if report.delta_ci95[1] >= 0:
-        return decision(False, f"not shown to be better than {on_base}")
+    if not _is_gain(report.delta_ci95, min_gain):
+        return decision(False, f"not shown to be better{_by(min_gain)} than {on_base}")
     if report.failed_regressions:
         failed = ", ".join(f"{case.id} ({case.why})" for case in report.failed_regressions[:3])
         count = f"{len(report.failed_regressions)} of {report.regressions}"
@@ -81,9 +85,17 @@ def decide(report: EvalReport, reigning: RegisteredVersion | None, *, adapter_ha
             "which was promoted after the evaluation: evaluate it again",
         )
     on_champion = _comparison(f"the champion {against}", rival.champion_loss, report.eval_loss, rival.delta_ci95)
-    if rival.delta_ci95[1] >= 0:
-        return decision(False, f"not shown to be better than {on_champion}")
+    if not _is_gain(rival.delta_ci95, min_gain):
+        return decision(False, f"not shown to be better{_by(min_gain)} than {on_champion}")
     return decision(True, f"better than {on_champion}")
+
+
+def _is_gain(interval: tuple[float, float], min_gain: float) -> bool:
+    return interval[1] < 0 and interval[1] <= -min_gain
+
+
+def _by(min_gain: float) -> str:
+    return f" by at least {min_gain:g} nats per token" if min_gain else ""
 
 
 def _comparison(rival: str, before: float, after: float, interval: tuple[float, float]) -> str:

@@ -5,6 +5,7 @@ The history decides; ``champion.json`` repeats its last word for people and prog
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from finetune.errors import ArtifactError
@@ -129,6 +130,15 @@ def rebuild(registry: Path) -> list[RegisteredVersion]:
     return versions
 
 
+def pointed_at(registry: Path) -> str | None:
+    """The version that ``champion.json`` names, or None where it is missing or unreadable."""
+    try:
+        version = json.loads((registry / CHAMPION_POINTER).read_bytes())["version"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return str(version)
+
+
 def _reigning(events: list[Event]) -> str | None:
     stack = reigns(events)
     return stack[-1] if stack else None
@@ -173,4 +183,6 @@ def _write_pointer(registry: Path) -> None:
                     "at": last.at.isoformat(),
                 },
             )
+        else:
+            (registry / CHAMPION_POINTER).unlink(missing_ok=True)
         written = events

@@ -40,6 +40,8 @@ KIND = "registered_adapter"
 EXPERIMENT_MANIFEST = "experiment_manifest.json"
 _SCHEMA_VERSION = 1
 _COLLECTED = "collected.json"
+# What stays of a version whose weights were removed.
+_KEPT = (_COLLECTED, EXPERIMENT_MANIFEST, MANIFEST_NAME)
 # A registration takes minutes at most, even of large adapters onto a slow volume.
 _ABANDONED_SECONDS = 24 * 3600
 _RESTORE = "Restore the version from a backup, or roll back to another one"
@@ -161,6 +163,19 @@ def verify_version(registry: Path, version: str) -> RegisteredVersion:
     return found
 
 
+def find_garbage(registry: Path, *, keep: int) -> list[RegisteredVersion]:
+    """The old challengers whose weights `collect_garbage` would remove: those before the newest `keep` versions."""
+    if keep < 1:
+        raise ValueError("keep must be at least 1")
+    return [version for version in list_versions(registry)[:-keep] if version.status == "challenger"]
+
+
+def size_on_disk(version: RegisteredVersion) -> int:
+    """Bytes that removing the version's weights would free: what is linked from elsewhere too stays on the disk."""
+    files = [path.stat() for path in version.stored_path.rglob("*") if path.is_file() and path.name not in _KEPT]
+    return sum(stat.st_size for stat in files if stat.st_nlink == 1)
+
+
 def collect_garbage(registry: Path, *, keep: int, by: str) -> list[str]:
     """Remove the weights of old challengers; their manifests stay, so that no number is used twice.
 
@@ -174,28 +189,24 @@ def collect_garbage(registry: Path, *, keep: int, by: str) -> list[str]:
     Returns:
         The versions whose weights were removed.
     """
-    if keep < 1:
-        raise ValueError("keep must be at least 1")
+    garbage = find_garbage(registry, keep=keep)
     for leftover in registry.glob(f".v*{TEMPORARY_MARK}*"):
         if datetime.now(UTC).timestamp() - leftover.stat().st_mtime > _ABANDONED_SECONDS:
             shutil.rmtree(leftover, ignore_errors=True)
-    removed = []
-    for version in list_versions(registry)[:-keep]:
-        marker = version.stored_path / _COLLECTED
-        if version.status == "challenger":
-            write_json_atomically(marker, {"at": datetime.now(UTC).isoformat(), "by": by})
-            removed.append(version.version)
-        elif version.status != "collected":
+    for version in garbage:
+        write_json_atomically(version.stored_path / _COLLECTED, {"at": datetime.now(UTC).isoformat(), "by": by})
+    # The mark comes first: whoever is killed in between is finished by the next collection.
+    for version in list_versions(registry):
+        if version.status != "collected":
             continue
-        # The mark comes first: whoever is killed in between is finished by the next collection.
         if version.version in reigns(read_events(registry)):
-            marker.unlink()
-            removed.remove(version.version)
+            # Promoted meanwhile.
+            (version.stored_path / _COLLECTED).unlink()
             continue
         for path in version.stored_path.iterdir():
-            if path.name not in (_COLLECTED, EXPERIMENT_MANIFEST, MANIFEST_NAME):
+            if path.name not in _KEPT:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return removed
+    return [each.version for each in garbage if get_version(registry, each.version).status == "collected"]
 
 
 def _checked_files(adapter_path: Path, adapter_hash: str) -> dict[str, FileEntry]:

@@ -171,7 +171,9 @@ def registered_adapter(
     if config.promote:
         version = promote(registry, version.version, reason="its run's configuration said so", by=by)
     else:
-        decision = decide(eval_report, champion(registry), adapter_hash=adapter_hash)
+        decision = decide(
+            eval_report, champion(registry), adapter_hash=adapter_hash, min_gain=SETTINGS.min_champion_gain
+        )
         version = settle(registry, version.version, decision, by=by)
     context.log.info(f"{version.version} is {version.status}: {version.reason}")
     metadata: dict[str, Any] = {

@@ -9,7 +9,7 @@ from finetune.registry.models import RegisteredVersion
 from lora_assets.assets.common import COMMON, SETTINGS, choice, log_progress, made_from, path, published_files, table
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
-from resources.ollama import OllamaServer
+from resources.ollama import CHAMPION_TAG, OllamaServer
 
 VALIDATION_PROMPTS = 8
 
@@ -141,7 +141,8 @@ def gguf(
     group_name="export",
     kinds={"ollama"},
     code_version="1",
-    description="Modelfile (base + adapter) and Modelfile.merged; with OLLAMA_HOST set, the model on that server.",
+    description="Modelfile (base + adapter) and Modelfile.merged; with OLLAMA_HOST set, the model on that server, "
+    "and its tag `champion`.",
 )
 def modelfile(
     context: dg.AssetExecutionContext,
@@ -163,6 +164,8 @@ def modelfile(
         name = f"{SETTINGS.ollama_model_name}:{gguf.run_id}"
         ollama.create_from(export, name=name, on_progress=log_progress(context))
         export = export.model_copy(update={"created_model": name})
+        served = ollama.serve_champion(store.layout, SETTINGS.ollama_model_name, on_progress=log_progress(context))
+        context.log.info(f"{SETTINGS.ollama_model_name}:{CHAMPION_TAG} is {served or 'not made yet'}")
     return dg.MaterializeResult(
         value=export,
         metadata={

@@ -1,127 +1,22 @@
 from __future__ import annotations
 
-import hashlib
-import json
-import re
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from finetune.errors import ExportError, RemoteError
 from finetune.export.modelfile_grammar import Command, format_modelfile
 from finetune.export.models import OllamaExport
+from finetune.layout import DataLayout
 from finetune.progress import ProgressEvent
+from finetune.publishing import publish_directory
+from finetune.registry.promotion import promote, rollback
 from resources.ollama import OllamaServer
+from tests.resources.ollama_server import FakeOllama
 
 NAME = "predator-v21:run1"
-# https://github.com/ollama/ollama/blob/main/docs/api.md
-CREATE_FIELDS = {"model", "stream", "files", "adapters", "template", "system", "parameters", "license"}
-
-
-class FakeOllama(ThreadingHTTPServer):
-    """Speaks the documented protocol, strictly: blobs by digest, `files` and `adapters` by name, streamed status."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.blobs: dict[str, bytes] = {}
-        self.models: dict[str, dict[str, Any]] = {}
-        self.requests: list[str] = []
-        # what to go wrong with: "late", "busy", "silent", "corrupt"
-        self.fault = ""
-
-    @property
-    def address(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class _Handler(BaseHTTPRequestHandler):
-    server: FakeOllama
-
-    def log_message(self, *args: Any) -> None:
-        """Tests read `requests` instead."""
-
-    def _answer(self, status: int, body: object = None) -> None:
-        content = b"" if body is None else json.dumps(body).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        self.end_headers()
-        self.wfile.write(content)
-
-    def _stream(self, *lines: dict[str, Any]) -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", "application/x-ndjson")
-        self.end_headers()
-        for line in lines:
-            self.wfile.write(json.dumps(line).encode() + b"\n")
-
-    def _body(self) -> bytes:
-        if self.headers.get("Transfer-Encoding") != "chunked":
-            return self.rfile.read(int(self.headers["Content-Length"]))
-        content = b""
-        while size := int(self.rfile.readline(), 16):
-            content += self.rfile.read(size)
-            self.rfile.readline()
-        self.rfile.readline()
-        return content
-
-    def do_HEAD(self) -> None:
-        self.server.requests.append(f"HEAD {self.path}")
-        known = self.path.removeprefix("/api/blobs/") in self.server.blobs
-        self._answer(200 if known else 404)
-
-    def do_POST(self) -> None:
-        self.server.requests.append(f"POST {self.path}")
-        body = self._body()
-        if self.path.startswith("/api/blobs/"):
-            self._take_blob(self.path.removeprefix("/api/blobs/"), body)
-        elif self.server.fault == "busy":
-            self._answer(503, {"error": "server busy, please try again"})
-        elif self.path == "/api/create":
-            self._create(json.loads(body))
-        elif self.path == "/api/chat":
-            self._chat(json.loads(body))
-        else:
-            self._answer(404, {"error": "not found"})
-
-    def _take_blob(self, digest: str, body: bytes) -> None:
-        if self.server.fault == "corrupt":
-            body = body[:-1]
-        if digest in self.server.blobs:
-            self._answer(200)
-        elif digest != f"sha256:{hashlib.sha256(body).hexdigest()}":
-            self._answer(400, {"error": "digest mismatch"})
-        else:
-            self.server.blobs[digest] = body
-            self._answer(201)
-
-    def _create(self, request: dict[str, Any]) -> None:
-        if unknown := request.keys() - CREATE_FIELDS:
-            return self._answer(400, {"error": f"unknown fields {unknown}"})
-        if not re.fullmatch(r"[a-z0-9._-]+:[a-zA-Z0-9._-]+", request["model"]):
-            return self._answer(400, {"error": "invalid model name"})
-        files = request.get("files", {}) | request.get("adapters", {})
-        if not request.get("files") or any(digest not in self.server.blobs for digest in files.values()):
-            return self._answer(400, {"error": "neither 'from' nor 'files' was specified, or a blob is missing"})
-        if not all(self.server.blobs[digest].startswith(b"GGUF") for digest in files.values()):
-            return self._stream({"status": "parsing GGUF"}, {"error": "invalid file magic"})
-        if self.server.fault == "late":
-            return self._stream({"status": "parsing GGUF"}, {"error": "unsupported architecture"})
-        self.server.models[request["model"]] = request
-        self._stream({"status": "parsing GGUF"}, {"status": "writing manifest"}, {"status": "success"})
-        return None
-
-    def _chat(self, request: dict[str, Any]) -> None:
-        if request["model"] not in self.server.models:
-            return self._answer(404, {"error": f"model {request['model']!r} not found"})
-        message = {"role": "assistant", "content": "Hi"}
-        done = self.server.fault != "silent"
-        return self._answer(200, {"model": request["model"], "message": message, "done": done})
 
 
 @pytest.fixture
@@ -223,3 +118,83 @@ def test_an_absent_server_is_a_passing_error(server: FakeOllama, export: OllamaE
 def test_without_a_host_nothing_can_be_created(export: OllamaExport) -> None:
     with pytest.raises(ExportError, match="OLLAMA_HOST"):
         OllamaServer().create_from(export, name=NAME)
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> DataLayout:
+    """Two registered adapters, of the trainings run1 and run2."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    from finetune.adapter_files import adapter_hash
+    from finetune.registry.store import register_adapter
+
+    layout = DataLayout(tmp_path / "root")
+    for number in (1, 2):
+        adapter = tmp_path / f"adapter-{number}"
+        adapter.mkdir()
+        save_file({"a": np.full(4, number, np.float32)}, adapter / "adapter_model.safetensors")
+        (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        register_adapter(
+            layout.registry,
+            adapter_path=adapter,
+            adapter_hash=adapter_hash(adapter),
+            trial_id="t",
+            run_id=f"run{number}",
+            metrics={},
+            tags={},
+            lineage={},
+        )
+    return layout
+
+
+def test_the_champion_tag_follows_promotion_and_rollback(
+    server: FakeOllama, export: OllamaExport, layout: DataLayout
+) -> None:
+    ollama = OllamaServer(host=server.address)
+    assert ollama.serve_champion(layout, "predator-v21") is None, "nobody reigns"
+    for number in (1, 2):
+        created = ollama.create_from(export, name=f"predator-v21:run{number}")
+        server.models[created] = server.models[created] | {"run": number}
+        promote(layout.registry, f"v{number}", reason="better", by="test")
+        assert ollama.serve_champion(layout, "predator-v21") == created
+        assert server.models["predator-v21:champion"]["run"] == number
+    rollback(layout.registry, reason="complaints", by="test")
+    for _ in range(2):
+        assert ollama.serve_champion(layout, "predator-v21") == "predator-v21:run1"
+        assert server.models["predator-v21:champion"]["run"] == 1
+
+
+def test_a_champion_that_the_server_lacks_is_created_from_its_exports(
+    server: FakeOllama, export: OllamaExport, layout: DataLayout
+) -> None:
+    ollama = OllamaServer(host=server.address)
+    promote(layout.registry, "v1", reason="better", by="test")
+    assert ollama.serve_champion(layout, "predator-v21") is None, "nothing is exported yet"
+    assert server.models == {}
+    with publish_directory(layout.model("run1", "ollama"), kind="ollama") as staging:
+        text = export.modelfile.read_text(encoding="utf-8").replace("../gguf", str(export.path.parent / "gguf"))
+        (staging.path / "Modelfile").write_text(text, encoding="utf-8")
+    assert ollama.serve_champion(layout, "predator-v21") == "predator-v21:run1"
+    assert server.models["predator-v21:champion"] == server.models["predator-v21:run1"]
+
+
+def test_who_is_promoted_while_the_tag_moves_gets_it(
+    server: FakeOllama, export: OllamaExport, layout: DataLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ollama = OllamaServer(host=server.address)
+    for number in (1, 2):
+        ollama.create_from(export, name=f"predator-v21:run{number}")
+    promote(layout.registry, "v1", reason="better", by="test")
+    copy: Callable[..., bool] = OllamaServer._copy
+    copied: list[str] = []
+
+    def overtaken(self: OllamaServer, source: str, destination: str) -> bool:
+        done = copy(self, source, destination)
+        copied.append(source)
+        promote(layout.registry, "v2", reason="better", by="another")
+        return done
+
+    monkeypatch.setattr(OllamaServer, "_copy", overtaken)
+    assert ollama.serve_champion(layout, "predator-v21") == "predator-v21:run2"
+    assert copied == ["predator-v21:run1", "predator-v21:run2"]

@@ -123,3 +123,14 @@ def test_a_candidate_that_fails_a_regression_prompt_stays_challenger() -> None:
     )
     assert not decision.champion
     assert "fails 1 of 4 regression prompts, such as politeness (contains 'go away')" in decision.reason
+
+
+@pytest.mark.parametrize("rival", [None, against(-0.5, -0.0004)], ids=["base", "champion"])
+def test_a_gain_too_small_to_be_of_use_makes_no_champion(rival: ChampionComparison | None) -> None:
+    # What an adapter that learned nothing shows: a difference that is real, and a ten-thousandth of a nat.
+    evaluated = report(champion=rival) if rival else report(delta_ci95=(-0.0006, -0.0004))
+    reigns = reigning() if rival else None
+    refused = decide(evaluated, reigns, adapter_hash="candidate", min_gain=0.001)
+    assert not refused.champion
+    assert "not shown to be better by at least 0.001 nats per token than the" in refused.reason
+    assert decide(evaluated, reigns, adapter_hash="candidate", min_gain=0.0004).champion
