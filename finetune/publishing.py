@@ -61,6 +61,8 @@ class Staging:
     inputs: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, Any] = field(default_factory=dict)
     results: dict[str, Any] = field(default_factory=dict)
+    # SHA-256 by name of large files that were hashed while they were written
+    digests: dict[str, str] = field(default_factory=dict)
 
 
 def sha256_file(path: Path) -> str:
@@ -151,7 +153,7 @@ def _finish(staging: Staging, kind: str) -> Manifest:
             file.chmod(0o644)
             _sync(file)
             name = file.relative_to(staging.path).as_posix()
-            outputs[name] = FileEntry(size=file.stat().st_size, sha256=sha256_file(file))
+            outputs[name] = FileEntry(size=file.stat().st_size, sha256=staging.digests.get(name) or sha256_file(file))
     manifest = Manifest(
         kind=kind,
         created_at=datetime.now(UTC),

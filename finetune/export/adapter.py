@@ -46,9 +46,21 @@ class LoraPair:
     scale: float
     fan_in_fan_out: bool
 
-    def delta(self) -> torch.Tensor:
-        """The update in the weight's own layout, float32."""
-        product = self.b @ self.a
+    @property
+    def size(self) -> int:
+        """Elements of the weight."""
+        return int(self.b.shape[0] * self.a.shape[1])
+
+    def delta(self, scratch: torch.Tensor) -> torch.Tensor:
+        """The update in the weight's own layout, float32.
+
+        Args:
+            scratch: at least `size` elements that are written over: fresh memory for every product costs more
+                than the product.
+        """
+        import torch
+
+        product = torch.mm(self.b, self.a, out=scratch[: self.size].view(self.b.shape[0], self.a.shape[1]))
         return (product.T if self.fan_in_fan_out else product).mul_(self.scale)
 
 

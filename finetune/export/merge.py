@@ -51,7 +51,7 @@ def merge_adapter(
 ) -> MergedModel:
     """Merge an adapter into its base and publish the result.
 
-    Plain LoRA (also rsLoRA, alpha and rank patterns) is streamed shard by shard, bitwise equal to
+    Plain LoRA (also rsLoRA, alpha and rank patterns) is streamed tensor by tensor, bitwise equal to
     peft's default merge; anything else goes through peft itself. With `validate_on`, the merged model
     must equal base + adapter on those prompts (`check_merge`) before it is published.
 
@@ -89,12 +89,13 @@ def merge_adapter(
         if pairs and streamed:
             if (base_model.path / INDEX_NAME).is_file():
                 shutil.copyfile(base_model.path / INDEX_NAME, staging.path / INDEX_NAME)
-            merged_tensors = merge_streaming(
+            staging.digests = merge_streaming(
                 base_model.path,
                 pairs,
                 staging.path,
                 lambda done: on_progress(ProgressEvent("merge", done, len(pairs), "tensors")),
             )
+            merged_tensors = len(pairs)
         else:
             merged_tensors = merge_through_peft(base_model.path, adapter_path, config, staging.path)
         parameters = _count_parameters(staging.path)

@@ -1,22 +1,25 @@
 """Merging plain LoRA tensor by tensor, with no whole model in memory.
 
-Each shard is copied by the kernel and patched in place through a memory map: peak memory is one
-shard's mapped pages and one tensor's update. The sum is taken in float32 and cast once, as peft does.
+Each shard is read, changed, hashed and written in pieces that fit into a core's cache: peak memory is one tensor's
+update. The sum is taken in float32 and cast once, as peft does.
 """
 
 from __future__ import annotations
 
 import json
-import mmap
-import shutil
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from finetune.errors import BaseModelError, ExportError
 from finetune.export.adapter import LoraPair
+from finetune.export.hashed_file import PIECE, HashedFile
+
+if TYPE_CHECKING:
+    import torch
 
 _SAFETENSORS_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
@@ -91,35 +94,30 @@ def can_stream(model_path: Path, pairs: Mapping[str, LoraPair]) -> bool:
 
 def merge_streaming(
     model_path: Path, pairs: Mapping[str, LoraPair], output: Path, on_tensor: Callable[[int], Any]
-) -> int:
-    """Write the base's shards with the pairs' updates added into `output`; returns how many tensors changed.
+) -> dict[str, str]:
+    """Write the base's shards with the pairs' updates added into `output`; returns each one's SHA-256 by its name.
 
     Call it only where `can_stream` holds. `on_tensor` is called with the number of merged tensors.
 
     Raises:
+        BaseModelError: a shard is cut short.
         ExportError: a merged weight is not finite.
+        OSError: the disk is full.
     """
     import torch
 
+    digests = {}
     merged = 0
+    scratch = torch.empty(max((pair.size for pair in pairs.values()), default=0))
     for shard in shard_paths(model_path):
-        target = output / shard.name
-        shutil.copyfile(shard, target)
-        tensors = read_safetensors_header(target)
-        with target.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as mapped:
-            for name, tensor in tensors.items():
+        tensors = sorted(read_safetensors_header(shard).items(), key=lambda item: item[1].offset)
+        with shard.open("rb", buffering=0) as source, HashedFile(output / shard.name) as target:
+            for name, tensor in tensors:
                 pair = pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
                 if pair is None:
                     continue
-                dtype = getattr(torch, _SAFETENSORS_FLOATS[tensor.dtype])
-                count = tensor.size // dtype.itemsize
-                weight = torch.frombuffer(mapped, dtype=dtype, count=count, offset=tensor.offset).view(tensor.shape)
-                weight.add_(pair.delta())
-                # One pass without a temporary: infinities and NaN survive a sum.
-                finite = bool(torch.isfinite(weight.sum(dtype=torch.float32)))
-                # A memory map cannot be closed while a tensor looks into it.
-                del weight
-                if not finite:
+                _copy(source, target, tensor.offset - source.tell())
+                if not _add(source, target, tensor, pair.delta(scratch)):
                     raise ExportError(
                         f"merging {name} gives numbers that are not finite",
                         where=shard,
@@ -127,4 +125,44 @@ def merge_streaming(
                     )
                 merged += 1
                 on_tensor(merged)
-    return merged
+            _copy(source, target, shard.stat().st_size - source.tell())
+        digests[shard.name] = target.sha256
+    return digests
+
+
+def _copy(source: FileIO, target: HashedFile, size: int) -> None:
+    """Copy the next `size` bytes."""
+    while size:
+        piece = target.buffer()[:size]
+        _fill(source, piece)
+        target.write(piece)
+        size -= len(piece)
+
+
+def _add(source: FileIO, target: HashedFile, tensor: _Tensor, update: torch.Tensor) -> bool:
+    """Copy a tensor with an update of its shape added; returns whether all of it is finite."""
+    import torch
+
+    dtype = getattr(torch, _SAFETENSORS_FLOATS[tensor.dtype])
+    finite = True
+    for delta in update.reshape(-1).split(PIECE // dtype.itemsize):
+        piece = target.buffer()[: len(delta) * dtype.itemsize]
+        _fill(source, piece)
+        weight = torch.frombuffer(piece, dtype=dtype)
+        # float32 at least, rounded once; both conversions are much faster than adding numbers of two types.
+        weight.copy_(weight.to(torch.promote_types(dtype, torch.float32)).add_(delta))
+        # One pass without a temporary: infinities and NaN survive a sum.
+        finite = finite and bool(torch.isfinite(weight.sum(dtype=torch.float32)))
+        target.write(piece)
+    return finite
+
+
+def _fill(source: FileIO, piece: memoryview) -> None:
+    filled = 0
+    while filled < len(piece):
+        count = source.readinto(piece[filled:])
+        if not count:
+            raise BaseModelError(
+                "the file ended while it was read", where=source.name, remedy="Download the base model again"
+            )
+        filled += count

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.errors import ArtifactError, BaseModelError, ExportError
 from finetune.export.merge import check_merge, merge_adapter
 from finetune.export.models import MergedModel
+from finetune.publishing import read_manifest
 from tests.finetune.export.conftest import PROMPTS, MakeAdapter
 
 
@@ -83,6 +86,32 @@ def test_streaming_a_bfloat16_model_is_bitwise_equal_to_peft(base: BaseModelRef,
     expected, found = merged_by_peft(half, adapter), weights(merged.path)
     assert found["model.layers.0.self_attn.q_proj.weight"].dtype is torch.bfloat16
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_merge_holds_what_its_manifest_says(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    merged = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    assert merged.method == "streaming"
+    # The shards' hashes were taken while they were written.
+    assert len(read_manifest(merged.path, verify="hashes").outputs) > 4
+
+
+def test_a_full_disk_ends_a_merge_and_leaves_nothing(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    program = f"""
+import resource, signal
+from pathlib import Path
+from finetune.base_model.models import BaseModelRef
+from finetune.export.merge import merge_adapter
+base = BaseModelRef.model_validate_json({base.model_dump_json()!r})
+# A write beyond the limit fails as one on a full disk does, with another number.
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+adapter, output = Path({str(adapter)!r}), Path({str(tmp_path / "m")!r})
+merge_adapter(base_model=base, adapter_path=adapter, output_dir=output, run_id="r")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "File too large" in done.stderr
+    assert done.returncode == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_transposed_weights_are_merged_bitwise_as_peft_does(tmp_path: Path) -> None:
@@ -285,7 +314,7 @@ def test_a_merge_that_fails_its_validation_is_not_published(
 
     struck = []
 
-    def wrong(self: LoraPair) -> Any:
+    def wrong(self: LoraPair, scratch: Any) -> Any:
         struck.append(self)
         return -self.scale * (self.b @ self.a)
 

@@ -1,0 +1,68 @@
+"""A file that a thread of its own writes and hashes while the caller makes the next piece."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+# What fits into a core's cache is read, changed, hashed and written there.
+PIECE = 1 << 20
+_PIECES = 3
+
+
+class HashedFile:
+    """Writes a new file piece by piece; use as a context manager, then read `sha256`.
+
+    Args:
+        path: the file, which is replaced.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._digest = hashlib.sha256()
+        self._buffers = deque(bytearray(PIECE) for _ in range(_PIECES))
+        self._pending: deque[Future[None]] = deque()
+
+    def __enter__(self) -> HashedFile:
+        self._stream = self._path.open("wb", buffering=0)
+        self._thread = ThreadPoolExecutor(1)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                while self._pending:
+                    self._pending.popleft().result()
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+            self._stream.close()
+
+    def buffer(self) -> memoryview:
+        """`PIECE` bytes to fill and hand to `write`; waits until one is free.
+
+        Raises:
+            OSError: an earlier piece could not be written.
+        """
+        if len(self._pending) == _PIECES - 1:
+            self._pending.popleft().result()
+        self._buffers.rotate()
+        return memoryview(self._buffers[0])
+
+    def write(self, piece: memoryview) -> None:
+        """Write a part of the last `buffer`, which must not be touched afterwards."""
+        self._pending.append(self._thread.submit(self._write, piece))
+
+    def _write(self, piece: memoryview) -> None:
+        self._digest.update(piece)
+        while piece:
+            piece = piece[self._stream.write(piece) :]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of what was written, in hexadecimal."""
+        return self._digest.hexdigest()
