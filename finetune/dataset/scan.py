@@ -14,6 +14,7 @@ from struct import Struct
 from typing import Any
 from unicodedata import normalize
 
+import numpy as np
 import orjson
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
@@ -23,9 +24,10 @@ from finetune.dataset.rules import RejectedError, Turn, checked_turns
 from finetune.dataset.screening import Screened, Screener, Screening
 
 # Changes whenever the same bytes could give another result: kept indexes are then made anew.
-RULES_VERSION = 1
+RULES_VERSION = 2
 # A record: the hashes of its normalised content and prompt, its offset and its length in bytes.
 RECORD = Struct("<16sQQI")
+_ESCAPED_NUL = b"\\u0000"
 _WHITESPACE = b" \t\n\r\x0b\x0c"
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 120
@@ -83,12 +85,16 @@ class RangeScan:
 
 @dataclass(frozen=True)
 class _Lines:
-    """The lines of a range without their breaks; the last one may be cut, and `cut` is its true length."""
+    """The lines of a range without their breaks; the last one may be cut, and `cut` is its true length.
+
+    `suspects` are the numbers of those that a parser could take for good and we may not.
+    """
 
     offset: int
-    lines: list[bytes]
-    terminated: bool
-    cut: int | None
+    lines: list[bytes] = field(default_factory=list)
+    suspects: frozenset[int] = frozenset()
+    terminated: bool = True
+    cut: int | None = None
 
 
 def normalized(text: str) -> bytes:
@@ -103,10 +109,14 @@ def content_key(turns: list[Turn]) -> tuple[bytes, bytes]:
     hold, stands between them. The prompt is the first user turn, or all of a plain text.
     """
     content = normalized("\0".join([part for turn in turns for part in turn]))
-    asking = 0
-    while turns[asking][0] not in ("user", "text"):
-        asking += 1
-    return content, content.split(b"\0", 2 * asking + 2)[2 * asking + 1]
+    start = 0
+    for role, _ in turns:
+        start += len(role) + 1
+        if role in ("user", "text"):
+            break
+        start = content.index(b"\0", start) + 1
+    end = content.find(b"\0", start)
+    return content, content[start:] if end < 0 else content[start:end]
 
 
 def scan_range(task: RangeTask) -> RangeScan:
@@ -124,7 +134,7 @@ def scan_range(task: RangeTask) -> RangeScan:
     for number, line in enumerate(found.lines):
         length = len(line)
         try:
-            content, prompt = content_key(_parse(line, limits))
+            content, prompt = content_key(_parse(line, number in found.suspects, limits))
             start, kept = offset, length - 1 if line.endswith(b"\r") else length
         except ValueError:
             body = line.removeprefix(_BOM)
@@ -160,9 +170,9 @@ def scan_range(task: RangeTask) -> RangeScan:
     return scan
 
 
-def _parse(line: bytes, limits: Limits) -> list[Turn]:
+def _parse(line: bytes, suspect: bool, limits: Limits) -> list[Turn]:
     """The fast way: whatever fails here, for whatever reason, is examined anew."""
-    return checked_turns(loads(line, limits))
+    return checked_turns(loads(line, limits) if suspect else orjson.loads(line))
 
 
 def loads(line: bytes, limits: Limits) -> Any:
@@ -175,7 +185,7 @@ def loads(line: bytes, limits: Limits) -> Any:
         raise ValueError
     record = orjson.loads(line)
     # (bytes.rfind skips ahead, which find does not: it takes a third of the time.)
-    if line.rfind(b"\\u0000") >= 0:
+    if line.rfind(_ESCAPED_NUL) >= 0:
         raise ValueError
     # Nesting takes brackets, and most records hold few. (bytes.split stops early, and finds faster than count.)
     brackets = len(line.split(b"{", limits.max_depth)) + len(line.split(b"[", limits.max_depth)) - 2
@@ -217,12 +227,13 @@ def _read_lines(task: RangeTask) -> _Lines:
         if task.start > 0 and read_exactly(descriptor, 1, task.start - 1, task.path) != b"\n":
             skipped = data.find(b"\n") + 1
             if not skipped:
-                return _Lines(offset, [], terminated=True, cut=None)
+                return _Lines(offset)
             offset, data = offset + skipped, data[skipped:]
         if not data:
-            return _Lines(offset, [], terminated=True, cut=None)
+            return _Lines(offset)
         if data.endswith(b"\n"):
-            return _Lines(offset, data[:-1].split(b"\n"), terminated=True, cut=None)
+            lines = data[:-1].split(b"\n")
+            return _Lines(offset, lines, _suspects(data, lines, task.limits))
         # The last line runs on beyond the range: read its end, but keep no more of it than is allowed.
         tail_start = offset + data.rfind(b"\n") + 1
         longest = task.limits.max_line_bytes
@@ -237,5 +248,26 @@ def _read_lines(task: RangeTask) -> _Lines:
             if len(rest) <= longest:
                 rest += piece
         length = position - tail_start
-        lines = (data + rest).split(b"\n")
-        return _Lines(offset, lines, terminated, cut=length if length > longest else None)
+        data += rest
+        lines = data.split(b"\n")
+        cut = length if length > longest else None
+        return _Lines(offset, lines, _suspects(data, lines, task.limits), terminated, cut)
+
+
+def _suspects(data: bytes, lines: list[bytes], limits: Limits) -> frozenset[int]:
+    """Which lines of `data` may be over-long, too deep or hold an escaped NUL.
+
+    They are found in all lines at once, which takes a fifth of the time of looking at one after the other.
+    """
+    characters = np.frombuffer(data, np.uint8)
+    lengths = np.fromiter(map(len, lines), np.int64, len(lines))
+    ends = np.cumsum(lengths + 1)
+    # Brackets and braces differ in this one bit.
+    opening = np.flatnonzero((characters | 0x20) == ord("{"))
+    opened_before = np.searchsorted(opening, ends)
+    suspected = (lengths > limits.max_line_bytes) | (np.diff(opened_before, prepend=0) > limits.max_depth)
+    escapes = np.flatnonzero(characters[: 1 - len(_ESCAPED_NUL)] == _ESCAPED_NUL[0])
+    for place, character in enumerate(_ESCAPED_NUL[1:], 1):
+        escapes = escapes[characters[escapes + place] == character]
+    suspected[np.searchsorted(ends, escapes, side="right")] = True
+    return frozenset(np.flatnonzero(suspected).tolist())

@@ -21,6 +21,7 @@ from finetune.dataset.scan import RangeScan, RangeTask, scan_range
 from finetune.errors import TransientError
 
 _IN_FLIGHT_PER_WORKER = 2
+_KEPT_BYTES = 31 << 20
 
 
 # Validates ranges and gives the results in the order of the tasks.
@@ -36,6 +37,7 @@ def scanning(workers: int) -> Iterator[Scanner]:
         TransientError: a file has changed, or a process was killed.
     """
     if workers <= 1:
+        _keep_freed_memory()
         yield lambda tasks: map(scan_range, tasks)
         return
     idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
@@ -93,11 +95,21 @@ def _ask(process: subprocess.Popen[bytes], task: RangeTask) -> RangeScan:
     return answer
 
 
+def _keep_freed_memory() -> None:
+    """Have ranges read into memory that earlier ones have freed, not into new pages, which cost a fifth of the time.
+
+    The GNU C library gives freed memory back to the system beyond a threshold, and raises that to the size of
+    the largest block that was freed, up to 32 MiB (mallopt(3), ``M_MMAP_THRESHOLD``). This one is never touched.
+    """
+    bytes(_KEPT_BYTES)
+
+
 def serve() -> None:
     """The process's life: tasks from standard input, results to standard output, until the input ends."""
     tasks, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     # Whatever a library may print must not fall between the results.
     os.dup2(2, 1)
+    _keep_freed_memory()
     while True:
         try:
             task = pickle.load(tasks)  # noqa: S301 - our parent wrote it

@@ -21,7 +21,7 @@ from finetune.dataset.models import PreparedDataset
 from finetune.dataset.prepare import PrepareParameters, prepare_dataset
 from finetune.dataset.records import as_messages, prompt_text
 from finetune.dataset.rules import RejectedError, checked_turns
-from finetune.dataset.scan import Limits, _examine, _parse, normalized
+from finetune.dataset.scan import Limits, _examine, _parse, _suspects, normalized
 from finetune.errors import DatasetError
 from finetune.layout import DataLayout
 
@@ -194,7 +194,7 @@ def reference(line: bytes) -> list[tuple[str, str]] | None:
 
 def fast_and_exact(line: bytes) -> tuple[list[tuple[str, str]] | None, list[tuple[str, str]] | None]:
     try:
-        fast = _parse(line, LIMITS)
+        fast = _parse(line, bool(_suspects(line, [line], LIMITS)), LIMITS)
     except ValueError:
         fast = None
     try:
@@ -269,6 +269,17 @@ def test_parsers_agree_on_lines_with_bytes_changed() -> None:
         accepted += exact is not None
     # Otherwise the mutations are too gentle, or too rough, to tell anything.
     assert 1000 < accepted < 10_000
+
+
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_lines_are_suspected_side_by_side_as_they_are_alone(end: bytes) -> None:
+    chance = random.Random(22)
+    seeds = [line.encode() for line in SEEDS]
+    lines = [mutated(chance, seeds) if chance.random() < 0.9 else b"" for _ in range(3000)]
+    alone = {number for number, line in enumerate(lines) if _suspects(line, [line], LIMITS)}
+
+    assert _suspects(b"\n".join(lines) + end, lines, LIMITS) == alone
+    assert 100 < len(alone) < 2900
 
 
 def test_no_bytes_whatsoever_crash_a_preparation_or_lose_a_line(prepare: Any) -> None:
