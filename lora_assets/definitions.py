@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import dagster as dg
+from pydantic import ValidationError
 
+from finetune.errors import ConfigurationError
 from lora_assets.assets import dataset, evaluation, export, training
 from lora_assets.checks import ALL_CHECKS
 from lora_assets.jobs import train_and_export
@@ -14,10 +17,12 @@ from lora_assets.settings import Settings, load_settings, on_kubernetes
 from resources.artifact_store import ArtifactStore, ValueStore
 from resources.base_model import BaseModelSource
 from resources.ollama import OllamaServer
-from resources.run_log import RunLog
+from resources.run_log import RunLog, TrainingRun
 from resources.trainer import LoraTrainer
 from sensors.export_arrival import build_export_arrival_sensor
-from sensors.run_failure import build_run_log_sensor
+from sensors.run_failure import build_cancellation_sensor, build_failure_sensor
+
+Values = TypeVar("Values", bound=dg.Config)
 
 
 def secret(variable: str, value: object) -> str | None:
@@ -47,21 +52,64 @@ def open_run_log(settings: Settings) -> Iterator[RunLog]:
         run_log.close()
 
 
-def close_rows(settings: Settings, dagster_run_id: str, reason: str) -> list[int]:
-    """Close the run log's rows of a Dagster run that is over."""
+def close_rows(settings: Settings, dagster_run_id: str, reason: str) -> list[TrainingRun]:
+    """Close the run log's rows of a Dagster run that is over; returns them as they were."""
     with open_run_log(settings) as run_log:
         return run_log.close_orphans(lambda owner: reason if owner == dagster_run_id else None)
 
 
+def cancel_rows(settings: Settings, dagster_run_id: str, reason: str) -> list[TrainingRun]:
+    """Close the rows of a Dagster run that was cancelled, and cancel the experiments that run elsewhere for them.
+
+    Raises:
+        RemoteError: the database or the training server stays away.
+        ConfigurationError: the training server cannot be used as configured.
+    """
+    closed = close_rows(settings, dagster_run_id, reason)
+    trainer = build_trainer(settings).process_config_and_initialize()
+    for row in closed:
+        if row.backend == trainer.backend and row.training_run_id:
+            trainer.cancel(row.training_run_id, settings.layout.work(row.training_run_id))
+    return closed
+
+
 def build_trainer(settings: Settings) -> LoraTrainer:
-    """The trainer that TRAINING_BACKEND names."""
+    """The trainer that TRAINING_BACKEND names.
+
+    Raises:
+        ConfigurationError: H2O_PROTOCOL, H2O_TIMING or H2O_LIMITS holds a wrong name or value.
+    """
     if settings.training_backend == "h2o":
+        from resources.h2o.protocol import Limits, Protocol, Timing
         from resources.h2o_trainer import H2OTrainer
 
-        return H2OTrainer(api_url=settings.h2o_api_url or "", api_key=secret("H2O_API_KEY", settings.h2o_api_key))
+        return H2OTrainer(
+            api_url=settings.h2o_api_url or "",
+            api_key=secret("H2O_API_KEY", settings.h2o_api_key),
+            ca_file=str(settings.h2o_ca_file) if settings.h2o_ca_file else None,
+            protocol=from_json(Protocol, "H2O_PROTOCOL", settings.h2o_protocol),
+            timing=from_json(Timing, "H2O_TIMING", settings.h2o_timing),
+            limits=from_json(Limits, "H2O_LIMITS", settings.h2o_limits),
+        )
     from resources.peft_trainer import PeftTrainer
 
     return PeftTrainer()
+
+
+def from_json(kind: type[Values], variable: str, values: dict[str, Any]) -> Values:
+    """The configuration whose values other than the defaults are those of a JSON object.
+
+    Raises:
+        ConfigurationError: names the variable, the field and what is wrong with it.
+    """
+    remedy = f"Its fields are {', '.join(kind.model_fields)}"
+    if unknown := sorted(set(values) - set(kind.model_fields)):
+        raise ConfigurationError(f"unknown field {', '.join(unknown)}", where=variable, remedy=remedy)
+    try:
+        return kind(**values)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        raise ConfigurationError(problems, where=variable, remedy=remedy) from error
 
 
 def build_executor() -> dg.ExecutorDefinition:
@@ -102,7 +150,8 @@ def build_definitions(settings: Settings) -> dg.Definitions:
                 pattern=settings.pattern,
                 interval_seconds=settings.sensor_interval_seconds,
             ),
-            build_run_log_sensor(lambda run_id, reason: close_rows(settings, run_id, reason)),
+            build_failure_sensor(lambda run_id, reason: [row.id for row in close_rows(settings, run_id, reason)]),
+            build_cancellation_sensor(lambda run_id, reason: [row.id for row in cancel_rows(settings, run_id, reason)]),
         ],
         resources={
             "io_manager": ValueStore(directory=str(layout.asset_values)),

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from finetune.dataset.near import NearMode
 from finetune.dataset.parameters import PLAIN, PrepareParameters
@@ -23,6 +24,8 @@ from finetune.publishing import sha256_json
 
 ExportTarget = Literal["ollama", "lmstudio"]
 Quantization = Literal["F16", "BF16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"]
+# Read by a validator of ours: a syntax error is told like any other wrong value.
+JsonObject = Annotated[dict[str, Any], NoDecode]
 
 ENV_FILE = ".env"
 
@@ -121,12 +124,31 @@ class Settings(BaseSettings):
 
     h2o_api_url: str | None = Field(None, description="H2O LLM Studio's address; needed with TRAINING_BACKEND=h2o.")
     h2o_api_key: SecretStr | None = Field(None, description="Bearer key for H2O_API_URL.")
+    h2o_ca_file: Path | None = Field(
+        None, description="PEM file of the private certificate authority of H2O_API_URL; unset: the system's."
+    )
+    h2o_protocol: JsonObject = Field(
+        {}, description="JSON object of the server's own routes, status names and field names (docs/h2o.md)."
+    )
+    h2o_timing: JsonObject = Field(
+        {}, description="JSON object of time-outs, intervals and budgets in seconds (docs/h2o.md)."
+    )
+    h2o_limits: JsonObject = Field(
+        {}, description="JSON object of limits on what the server may send (docs/h2o.md)."
+    )
 
     gguf_quantization: Quantization = Field("Q4_K_M", description="Type of the GGUF that is served.")
     export_targets: str = Field("ollama,lmstudio", description="Comma-separated: ollama, lmstudio.")
     ollama_host: str | None = Field(None, description="Ollama server on which models are created; unset: none.")
     ollama_model_name: str = Field("predator-v21", description="Name of the created model, before :run_id.")
     lmstudio_publisher: str = Field("lora-assets", description="Folder above the model in LM Studio's layout.")
+
+    hub_repo: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$",
+        description="owner/name of the hub repository that `lora-assets push` writes to.",
+    )
+    hub_private: bool = Field(True, description="Whether a hub repository that push makes is private.")
 
     database_url: SecretStr | None = Field(
         None, description="PostgreSQL of the run log; unset: an embedded server under DATA_ROOT."
@@ -159,6 +181,11 @@ class Settings(BaseSettings):
             raise ValueError(f"unknown target {', '.join(unknown)}; allowed: {', '.join(allowed)}")
         return ",".join(targets)
 
+    @field_validator("h2o_protocol", "h2o_timing", "h2o_limits", mode="before")
+    @classmethod
+    def _json(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
     @field_validator("samples_columns")
     @classmethod
     def _mapped_once(cls, value: str) -> str:
@@ -183,7 +210,7 @@ class Settings(BaseSettings):
             raise ValueError("not the URL of a PostgreSQL server: postgresql://user:password@host:5432/database")
         return value
 
-    @field_validator("data_root", "exports_dir", "deletion_list")
+    @field_validator("data_root", "exports_dir", "deletion_list", "h2o_ca_file")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         # Paths end in manifests and reach processes that run elsewhere.

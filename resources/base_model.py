@@ -18,6 +18,11 @@ class BaseModelSource(dg.ConfigurableResource):  # type: ignore[type-arg]
     token: str | None = Field(None, description="Token for gated repositories.")
     trust_remote_code: bool = Field(False, description="Allow code from the repository to run.")
 
+    @property
+    def is_local(self) -> bool:
+        """Whether it lies on this machine anyway: the embedded model, or a local directory."""
+        return self.name is None or Path(self.name).expanduser().is_dir()
+
     def resolve(self, on_progress: Progress, *, weights: bool = True) -> BaseModelRef:
         """The base model in a local directory.
 

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from finetune.errors import RemoteError, TrainingError
-from finetune.progress import Progress, ProgressEvent
+from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, sha256_file
 from finetune.training.models import TrainingRequest, TrainingResult
 from resources.h2o.adapter import publish_adapter, published_result
@@ -89,24 +89,32 @@ class H2OTrainer(LoraTrainer):
         archive.unlink()
         return result
 
-    def cancel(self, request: TrainingRequest) -> bool:
-        """Stop the request's experiment, if there is one and the server can; the next run makes a new one.
+    def cancel(self, run_id: str, work_dir: Path) -> bool:
+        """Stop the training's experiment, if there is one and the server can; the next run makes a new one.
 
         Raises:
             ConfigurationError: the address or the key is wrong.
-            RemoteError: the server stays away.
+            RemoteError: the server stays away; it is not waited for long.
         """
-        with self._client(lambda event: None) as client:
-            state = RemoteState.load(request.work_dir / _STATE, server=client.api_url)
-            found = None if state.experiment_id else client.find_experiment(state.key(request.run_id))
+        patience = self.timing.cancel_budget
+        timing = self.timing.model_copy(
+            update={
+                "retry_budget": min(patience, self.timing.retry_budget),
+                "read_timeout": min(patience, self.timing.read_timeout),
+                "answer_timeout": min(patience, self.timing.answer_timeout),
+            }
+        )
+        with self._client(ignore_progress, timing) as client:
+            state = RemoteState.load(work_dir / _STATE, server=client.api_url)
+            found = None if state.experiment_id else client.find_experiment(state.key(run_id))
             experiment_id = state.experiment_id or (found and found.id)
             if not experiment_id or not client.cancel_experiment(experiment_id):
                 return False
             state.generation += 1
-            _forget_experiment(state, request.work_dir / _STATE)
+            _forget_experiment(state, work_dir / _STATE)
             return True
 
-    def _client(self, on_progress: Progress) -> H2OClient:
+    def _client(self, on_progress: Progress, timing: Timing | None = None) -> H2OClient:
         def on_wait(message: str) -> None:
             on_progress(ProgressEvent(f"waiting for the H2O server ({message})", 0, None, "steps"))
 
@@ -115,7 +123,7 @@ class H2OTrainer(LoraTrainer):
             self.api_key,
             ca_file=self.ca_file,
             protocol=self.protocol,
-            timing=self.timing,
+            timing=timing or self.timing,
             on_wait=on_wait,
         )
 
@@ -198,7 +206,7 @@ def _deadline(end: float, client: H2OClient, experiment: Experiment) -> Callable
             raise RemoteError(
                 f"the experiment {experiment.id} took longer than {client.timing.total:g} s",
                 where=experiment.url or client.api_url,
-                remedy="Raise the trainer's timing.total; a later run goes on where this one stopped",
+                remedy="Raise H2O_TIMING's total; a later run goes on where this one stopped",
             )
 
     return check

@@ -312,7 +312,7 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
             )
         return [TrainingRun.model_validate(row) for row in rows]
 
-    def close_orphans(self, is_over: Callable[[str], str | None]) -> list[int]:
+    def close_orphans(self, is_over: Callable[[str], str | None]) -> list[TrainingRun]:
         """Mark FAILED the RUNNING rows whose Dagster run is over.
 
         Args:
@@ -320,13 +320,13 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
                 somebody may.
 
         Returns:
-            The ids of the rows that were closed.
+            The rows that were closed, as they were before.
         """
         with self._transaction() as execute:
             running = execute(
                 f"{_SELECT} WHERE run.status = 'RUNNING' AND detail.dagster_run_id IS NOT NULL ORDER BY run.id", {}
             )
-        closed = []
+        closed: list[TrainingRun] = []
         for row in running:
             reason = is_over(row["dagster_run_id"])
             if reason is None:
@@ -340,7 +340,7 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
                     "RETURNING run.id",
                     {"id": row["id"], "reason": _text(reason), "dagster_run_id": row["dagster_run_id"]},
                 )
-            closed += [int(each["id"]) for each in updated]
+            closed += [TrainingRun.model_validate(row) for _ in updated]
         return closed
 
     @contextmanager

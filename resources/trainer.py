@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Literal
 
 import dagster as dg
@@ -48,6 +49,15 @@ class LoraTrainer(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]  # ge
             TransientError: trying again later may help.
         """
 
-    def cancel(self, request: TrainingRequest) -> bool:
-        """Stop what runs elsewhere for this request, when nobody wants it any more; tells whether it did."""
+    def cancel(self, run_id: str, work_dir: Path) -> bool:
+        """Stop what runs elsewhere for a training that nobody wants any more; tells whether it did.
+
+        Args:
+            run_id: the training's name, as in its request.
+            work_dir: the training's work directory, as in its request.
+
+        Raises:
+            PermanentError: trying again cannot help.
+            TransientError: what runs elsewhere could not be reached.
+        """
         return False

@@ -41,6 +41,7 @@ class TrainingResult(BaseModel):
     peak_memory_gb: float | None = None
     seconds: float = 0.0
     external_run_id: str | None = None
+    external_run_url: str | None = None
     # the step that the last attempt went on from, 0 when it started afresh
     resumed_from_step: int = 0
     # records of one pass, smaller than planned where memory ran out

@@ -27,6 +27,7 @@ from lora_assets.assets.common import (
     published_files,
     table,
 )
+from lora_assets.kubernetes import gpu_step
 from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
@@ -50,6 +51,7 @@ EVALUATED = (
     kinds={"pytorch", "html"},
     code_version="1",
     pool="gpu",
+    op_tags=gpu_step(),
     description="Base against adapter, and against the reigning champion, on held-out data: JSON, HTML and plots.",
 )
 def eval_report(

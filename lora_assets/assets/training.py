@@ -6,6 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
+from finetune.errors import FinetuneError
 from finetune.planning.models import Method, Task, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan
@@ -25,11 +26,13 @@ from lora_assets.assets.common import (
     published_files,
     table,
 )
+from lora_assets.kubernetes import gpu_step
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
 from resources.trainer import LoraTrainer
 
+TRAINS_HERE = SETTINGS.training_backend == "hf-peft"
 # What the run log keeps of a training.
 LOGGED = {"final_loss", "training_steps", "gpu_hours", "tokens_seen", "tokens_per_second", "peak_memory_gb"}
 
@@ -97,7 +100,9 @@ def training_plan(
     kinds={"pytorch", "huggingface"},
     code_version="1",
     retry_policy=dg.RetryPolicy(max_retries=2, delay=10),
-    pool="gpu",
+    # Waiting for another machine's GPU takes none here.
+    pool="gpu" if TRAINS_HERE else None,
+    op_tags=gpu_step() if TRAINS_HERE else None,
     description="The LoRA adapter with its model card, loss curve and training log; trained here with PEFT or "
     "delegated to H2O LLM Studio, by TRAINING_BACKEND.",
 )
@@ -115,7 +120,8 @@ def adapter(
 
     report = log_progress(context)
     with no_retry_if_permanent():
-        base = base_model.resolve(report)
+        # A repository's commit tells its weights, which are needed where they are trained.
+        base = base_model.resolve(report, weights=TRAINS_HERE or base_model.is_local)
     run_id = training_run_id(
         date=context.partition_key,
         dataset_fingerprint=merged_dataset.fingerprint,
@@ -146,6 +152,7 @@ def adapter(
             "backend": result.backend,
             "training": trainer.label,
             "external_run_id": result.external_run_id or "",
+            **experiment_link(result.external_run_url),
             "training_steps": result.training_steps,
             "final_loss": result.final_loss or 0.0,
             "gpu_hours": result.gpu_hours,
@@ -197,10 +204,43 @@ def _train(
             row.external_run(external_run_id, url)
             context.instance.add_run_tags(context.run.run_id, {"external_run_id": external_run_id})
             context.log.info(f"{trainer.label}: {url}")
+            # What a person sees on the asset while there is no materialization yet.
+            context.log_event(
+                dg.AssetObservation(
+                    context.asset_key,
+                    partition=request.date,
+                    metadata={
+                        "training": trainer.label,
+                        "external_run_id": external_run_id,
+                        **experiment_link(url),
+                    },
+                )
+            )
 
-        result = trainer.train(request, on_progress=report, on_external_run=external_run)
+        try:
+            result = trainer.train(request, on_progress=report, on_external_run=external_run)
+        except dg.DagsterExecutionInterruptedError:
+            run = context.instance.get_run_by_id(context.run.run_id)
+            # Any other interrupt (a drained node) is followed by an attempt that finds the experiment again.
+            if run and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
+                run_log.fail(row.id, "the run was cancelled; " + _cancel(trainer, request))
+            raise
         row.complete(result.adapter_path, _logged(result))
     return result
+
+
+def _cancel(trainer: LoraTrainer, request: TrainingRequest) -> str:
+    """Cancel what runs elsewhere; returns what became of it."""
+    try:
+        cancelled = trainer.cancel(request.run_id, request.work_dir)
+    except FinetuneError as error:
+        return f"what runs elsewhere for it could not be cancelled: {error}"
+    return "its experiment was cancelled" if cancelled else "nothing runs elsewhere for it, or it cannot be cancelled"
+
+
+def experiment_link(url: str | None) -> dict[str, dg.MetadataValue[str | None]]:
+    """The metadata that leads to a remote experiment, if there is one."""
+    return {"experiment": dg.MetadataValue.url(url)} if url else {}
 
 
 def _logged(result: TrainingResult) -> dict[str, Any]:

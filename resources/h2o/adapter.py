@@ -57,6 +57,7 @@ def publish_adapter(
             loss_curve=loss_curve,
             seconds=seconds,
             external_run_id=experiment.id,
+            external_run_url=experiment_url,
         )
         (staging.path / "README.md").write_text(model_card(request, result), encoding="utf-8")
         (staging.path / "loss_curve.png").write_bytes(loss_curve_png(loss_curve))

@@ -219,9 +219,11 @@ class H2OClient:
 
     def _experiment(self, answer: Any) -> Experiment:
         try:
-            return Experiment.read(answer, self.protocol)
+            experiment = Experiment.read(answer, self.protocol)
         except ValueError as error:
-            raise PassingFailureError(f"an unreadable answer: {error}", malformed=True) from error
+            raise PassingFailureError(f"an unreadable answer: {self._shown(str(error))}", malformed=True) from error
+        said = {name: self._shown(getattr(experiment, name)) for name in ("error", "log_tail", "url")}
+        return experiment.model_copy(update=said)
 
     def _json(self, method: str, route: str, *, absent: frozenset[int] = frozenset(), **arguments: Any) -> Any:
         """One request and its JSON; None for the status codes in `absent`."""
@@ -238,7 +240,7 @@ class H2OClient:
             self._raise_for(response)
         try:
             return json.loads(content) if content else {}
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PassingFailureError(
                 f"an answer that is no JSON: {self._shown(content[:200].decode(errors='replace'))}", malformed=True
             ) from error
@@ -279,7 +281,7 @@ class H2OClient:
             return TrainingError(
                 f"the H2O server does not know it: {said}",
                 where=where,
-                remedy="The experiment has vanished, or H2O_API_URL or the trainer's routes are wrong",
+                remedy="The experiment has vanished, or H2O_API_URL or the routes in H2O_PROTOCOL are wrong",
             )
         return TrainingError(
             f"the H2O server refuses the request: {said}", where=where, remedy="Correct what the message names"
@@ -296,7 +298,7 @@ class H2OClient:
                     raise ConfigurationError(
                         f"the H2O server's certificate is not trusted: {cause.verify_message}",
                         where=self.api_url,
-                        remedy="Name the private authority's PEM file in the trainer's ca_file",
+                        remedy="Name the private authority's PEM file in H2O_CA_FILE",
                     ) from None
                 cause = cause.__cause__ or cause.__context__
             raise PassingFailureError(f"{type(error).__name__}: {self._shown(str(error))}") from None
@@ -371,5 +373,5 @@ def _tls_context(ca_file: str | None) -> ssl.SSLContext:
         raise ConfigurationError(
             f"the certificate authority's file cannot be used: {error}",
             where=ca_file,
-            remedy="Name a readable PEM file in the trainer's ca_file",
+            remedy="Set H2O_CA_FILE to a readable PEM file",
         ) from error

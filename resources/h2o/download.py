@@ -141,7 +141,7 @@ def _too_large(client: H2OClient, size: int, limit: int) -> TrainingError:
     return TrainingError(
         f"the adapter's archive has {size} bytes or more, over the limit of {limit}",
         where=client.api_url,
-        remedy="Raise the trainer's limits.download_bytes if that is right",
+        remedy="Raise H2O_LIMITS' download_bytes if that is right",
     )
 
 

@@ -47,7 +47,11 @@ def wait_for_end(
                 remedy="Look at it on the server; it was left as it is, and a later run will wait for it again",
             )
         time.sleep(backoff(timing.poll, timing.poll_ceiling, quiet_looks))
-        seen = client.get_experiment(experiment.id)
+        try:
+            seen = client.get_experiment(experiment.id)
+        except TrainingError as error:
+            # What it said last is all that is left of it.
+            raise TrainingError(f"{error.what}{_log(experiment)}", where=error.where, remedy=error.remedy) from None
         quiet_looks += 1
         if (seen.status, seen.step, seen.metrics) != (experiment.status, experiment.step, experiment.metrics):
             changed, quiet_looks = time.monotonic(), 0

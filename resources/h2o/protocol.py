@@ -64,7 +64,7 @@ class Protocol(dg.Config):
         raise ConfigurationError(
             f"the H2O server reports the unknown status {name[:100]!r}",
             where=self.experiment_route,
-            remedy="Add the name to one of the trainer's status lists",
+            remedy="Add the name to one of the status lists in H2O_PROTOCOL",
         )
 
 
@@ -81,6 +81,9 @@ class Timing(dg.Config):
     retry_budget: float = Field(default=3600, ge=0, description="How long an outage may last before a call gives up.")
     stalled: float = Field(default=3600, gt=0, description="Running without any news for so long is an error.")
     total: float = Field(default=7 * 86400, gt=0, description="From the start until the adapter is there.")
+    cancel_budget: float = Field(
+        default=15, gt=0, description="How long a cancelled run goes on telling the server: a pod has 30 s to end."
+    )
 
 
 class Limits(dg.Config):
@@ -114,15 +117,16 @@ class Experiment(BaseModel):
             ConfigurationError: the status is unknown.
             ValueError: the id or the status is missing, or a field is of another type.
         """
-        if not isinstance(answer, dict) or answer.get(protocol.id_field) in (None, ""):
-            raise ValueError(f"no field {protocol.id_field!r}")
+        identifier = str(answer.get(protocol.id_field) or "") if isinstance(answer, dict) else ""
+        if not identifier or not identifier.isprintable() or len(identifier) > 200:
+            raise ValueError(f"no usable field {protocol.id_field!r}")
         status = answer.get(protocol.status_field)
         if not isinstance(status, str):
             raise ValueError(f"no field {protocol.status_field!r}")
         metrics = answer.get(protocol.metrics_field) or {}
         log_tail = answer.get(protocol.log_field) or ""
         return cls(
-            id=str(answer[protocol.id_field]),
+            id=identifier,
             status=protocol.status(status),
             step=answer.get(protocol.step_field) or 0,
             total_steps=answer.get(protocol.total_steps_field),
@@ -133,6 +137,12 @@ class Experiment(BaseModel):
             },
             error=str(answer.get(protocol.error_field) or ""),
             log_tail="\n".join(map(str, log_tail)) if isinstance(log_tail, list) else str(log_tail),
-            url=str(answer.get(protocol.url_field) or ""),
+            url=_link(answer.get(protocol.url_field)),
             sha256=str(answer[protocol.sha256_field]).lower() if answer.get(protocol.sha256_field) else None,
         )
+
+
+def _link(value: Any) -> str:
+    """The address as it may become a link on a page: nothing that runs in the reader's browser."""
+    link = str(value or "")
+    return link if link.startswith(("https://", "http://")) and link.isprintable() and len(link) <= 2000 else ""

@@ -5,7 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune.training.models import TrainingRequest
 from resources.postgres import EmbeddedPostgres
+from tests.resources.h2o_server import H2OServer
+from tests.resources.h2o_training import request_in
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +55,15 @@ def data_root(short_directory: Path, cluster: Path) -> Path:
     (short_directory / "postgres").mkdir()
     subprocess.run(["cp", "-a", cluster, short_directory / "postgres"], check=True)
     return short_directory
+
+
+@pytest.fixture
+def server() -> Iterator[H2OServer]:
+    server = H2OServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def request_(tmp_path: Path) -> TrainingRequest:
+    return request_in(tmp_path)

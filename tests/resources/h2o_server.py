@@ -80,6 +80,17 @@ def truncates(handler: "Handler") -> bool:
     return False
 
 
+def half_closes(handler: "Handler") -> bool:
+    """Ends its own side in the middle of the headers, and keeps the connection for the other's."""
+    handler.drain()
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Len")
+    handler.wfile.flush()
+    handler.connection.shutdown(socket.SHUT_WR)
+    handler.connection.recv(1)
+    handler.close_connection = True
+    return True
+
+
 def flips_a_bit(handler: "Handler") -> bool:
     handler.flip = True
     return False
@@ -125,18 +136,27 @@ class H2OServer:
         self.range_headers: list[str | None] = []
         self.downloaded = threading.Event()
         self.lock = threading.RLock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"state": self}))
-        self._http.daemon_threads = True
-        self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
-        self._thread.start()
+        # The names of another edition: paths' first part, fields and statuses.
+        self.base = "api"
+        self.names: dict[str, str] = {}
+        self.port = 0
+        self.open()
+
+    def open(self) -> None:
+        """Listen, where it listened before."""
+        self.listener = ThreadingHTTPServer(("127.0.0.1", self.port), type("Bound", (Handler,), {"state": self}))
+        self.listener.daemon_threads = True
+        self.port = self.listener.server_address[1]
+        threading.Thread(target=self.listener.serve_forever, args=(0.02,), daemon=True).start()
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        return f"http://127.0.0.1:{self.port}"
 
     def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
+        """Refuse connections."""
+        self.listener.shutdown()
+        self.listener.server_close()
 
     @property
     def sha256(self) -> str:
@@ -160,24 +180,24 @@ class Handler(BaseHTTPRequestHandler):
     def dispatch(self, method: str) -> None:
         self.mute = self.half = self.flip = False
         self.body: bytes | None = None
+        state = self.state
         parts = urlsplit(self.path)
         segments = parts.path.strip("/").split("/")
         match (method, *segments):
-            case ("POST", "api", "datasets"):
+            case ("POST", self.state.base, "datasets"):
                 call, run = "upload", self.upload
-            case ("POST", "api", "experiments"):
+            case ("POST", self.state.base, "experiments"):
                 call, run = "create", self.create
-            case ("GET", "api", "experiments"):
+            case ("GET", self.state.base, "experiments"):
                 call, run = "list", lambda: self.list(parse_qs(parts.query))
-            case ("GET", "api", "experiments", identifier):
+            case ("GET", self.state.base, "experiments", identifier):
                 call, run = "poll", lambda: self.poll(identifier)
-            case ("GET", "api", "experiments", identifier, "download"):
+            case ("GET", self.state.base, "experiments", identifier, "download"):
                 call, run = "download", lambda: self.download(identifier)
-            case ("POST", "api", "experiments", identifier, "cancel"):
+            case ("POST", self.state.base, "experiments", identifier, "cancel"):
                 call, run = "cancel", lambda: self.cancel(identifier)
             case _:
                 call, run = "unknown", lambda: self.reply(404, b'{"detail": "no such route"}')
-        state = self.state
         with state.lock:
             state.calls.append(call)
             state.authorizations.append(self.headers.get("Authorization"))
@@ -225,7 +245,22 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def json(self, status: int, value: Any) -> None:
-        self.reply(status, json.dumps(value).encode())
+        self.reply(status, json.dumps(self.in_its_words(value)).encode())
+
+    def in_its_words(self, value: Any) -> Any:
+        names = self.state.names
+        if isinstance(value, list):
+            return [self.in_its_words(item) for item in value]
+        if isinstance(value, dict):
+            said = {names.get(name, name): self.in_its_words(item) for name, item in value.items()}
+            if "status" in value:
+                said[names.get("status", "status")] = names.get(value["status"], value["status"])
+            return said
+        return value
+
+    def in_our_words(self, value: dict[str, Any]) -> dict[str, Any]:
+        ours = {theirs: name for name, theirs in self.state.names.items()}
+        return {ours.get(name, name): item for name, item in value.items()}
 
     def upload(self) -> None:
         message = email.parser.BytesParser().parsebytes(
@@ -236,6 +271,7 @@ class Handler(BaseHTTPRequestHandler):
             assert isinstance(part, email.message.Message)
             name = part.get_param("name", header="Content-Disposition")
             fields[str(name)] = part.get_payload(decode=True)  # type: ignore[assignment]
+        fields = self.in_our_words(fields)
         digest = hashlib.sha256(fields["file"]).hexdigest()
         if digest != fields["sha256"].decode() or self.headers.get("Idempotency-Key") != digest:
             self.json(422, {"detail": "the file does not match its SHA-256"})
@@ -248,7 +284,7 @@ class Handler(BaseHTTPRequestHandler):
         self.json(201, self.state.datasets[identifier])
 
     def create(self) -> None:
-        body = json.loads(self.drain())
+        body = self.in_our_words(json.loads(self.drain()))
         key = self.headers.get("Idempotency-Key")
         with self.state.lock:
             if body.get("dataset_id") not in self.state.datasets or body.get("idempotency_key") != key or not key:
@@ -275,7 +311,7 @@ class Handler(BaseHTTPRequestHandler):
         if not self.state.lists:
             self.reply(405, b'{"detail": "Method Not Allowed"}')
             return
-        wanted = query.get("idempotency_key", [""])[0]
+        wanted = self.in_our_words(query).get("idempotency_key", [""])[0]
         self.json(200, {"experiments": [e for e in self.state.experiments.values() if e["idempotency_key"] == wanted]})
 
     def poll(self, identifier: str) -> None:

@@ -2,27 +2,26 @@ import json
 import logging
 import os
 import signal
+import ssl
 import stat
 import subprocess
 import sys
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
+import trustme
 
 from finetune.adapter_files import adapter_hash
-from finetune.base_model.models import BaseModelRef
-from finetune.dataset.models import Counts, PreparedDataset
 from finetune.errors import ConfigurationError, FinetuneError, RemoteError, StorageFullError, TrainingError
-from finetune.planning.models import MemoryEstimate, TrainingPlan, TrialConfig
 from finetune.progress import ProgressEvent
 from finetune.publishing import is_complete, read_manifest
-from finetune.training.models import TrainingRequest, TrainingResult
+from finetune.training.models import TrainingRequest
 from resources.h2o.protocol import Limits, Protocol, Timing
 from resources.h2o_trainer import H2OTrainer
 from resources.trainer import LoraTrainer
@@ -39,80 +38,7 @@ from tests.resources.h2o_server import (
     says,
     truncates,
 )
-
-FAST = {
-    "connect_timeout": 2,
-    "read_timeout": 2,
-    "answer_timeout": 2,
-    "poll": 0.005,
-    "poll_ceiling": 0.02,
-    "retry": 0.01,
-    "retry_ceiling": 0.05,
-    "retry_budget": 3,
-    "stalled": 20,
-    "total": 60,
-}
-
-
-@pytest.fixture
-def server() -> Iterator[H2OServer]:
-    server = H2OServer()
-    yield server
-    server.close()
-
-
-def request_in(root: Path) -> TrainingRequest:
-    prepared = root / "prepared"
-    prepared.mkdir(exist_ok=True)
-    (prepared / "train.jsonl").write_text('{"prompt": "Хто?", "completion": "Я"}\n' * 500, encoding="utf-8")
-    return TrainingRequest(
-        run_id="20260101-abc",
-        date="2026-01-01",
-        dataset=PreparedDataset(
-            path=prepared,
-            date="2026-01-01",
-            fingerprint="f" * 64,
-            window_dates=["2026-01-01"],
-            counts=Counts(lines=500, train=500, eval=0, duplicates=0, rejected=0, blank=0),
-            rejects_by_reason={},
-            rejects_by_file={},
-        ),
-        plan=TrainingPlan(
-            trial_config=TrialConfig(trial_id="t", lora_rank=4),
-            search_space={},
-            memory_estimate=MemoryEstimate(
-                vram_gb=1, fits=None, limit_gb=None, model_params=1, trainable_params=1, parts={}
-            ),
-            explanations=[],
-            estimated_steps=4,
-            estimated_tokens=None,
-        ),
-        base_model=BaseModelRef(name="tiny", path=root / "base", revision=None, fingerprint="b" * 64),
-        adapter_dir=root / "adapters" / "20260101-abc",
-        work_dir=root / "work",
-    )
-
-
-@pytest.fixture
-def request_(tmp_path: Path) -> TrainingRequest:
-    return request_in(tmp_path)
-
-
-def trainer_for(server: H2OServer, *, limits: Limits | None = None, **timing: float) -> H2OTrainer:
-    return H2OTrainer(api_url=server.url, api_key=KEY, timing=Timing(**{**FAST, **timing}), limits=limits or Limits())
-
-
-def train(
-    trainer: H2OTrainer,
-    request: TrainingRequest,
-    events: list[ProgressEvent] | None = None,
-    external: list[tuple[str, str]] | None = None,
-) -> TrainingResult:
-    return trainer.train(
-        request,
-        on_progress=([] if events is None else events).append,
-        on_external_run=lambda run, url: ([] if external is None else external).append((run, url)),
-    )
+from tests.resources.h2o_training import FAST, request_in, train, trainer_for
 
 
 def test_a_training_goes_to_the_server_and_comes_back_as_an_adapter_like_a_local_one(
@@ -548,7 +474,7 @@ def test_an_experiment_can_be_cancelled(server: H2OServer, request_: TrainingReq
     server.hold.clear()
     with pytest.raises(RemoteError):
         train(trainer_for(server, total=0.1), request_)
-    assert trainer_for(server).cancel(request_)
+    assert trainer_for(server).cancel(request_.run_id, request_.work_dir)
     assert server.experiments["exp/1"]["status"] == "stopped"
     server.hold.set()
     assert train(trainer_for(server), request_).external_run_id == "exp/2"
@@ -571,7 +497,7 @@ CLIENT = """
 import sys
 from pathlib import Path
 from tests.resources.h2o_server import KEY
-from tests.resources.test_h2o_trainer import FAST, request_in
+from tests.resources.h2o_training import FAST, request_in
 from resources.h2o.protocol import Timing
 from resources.h2o_trainer import H2OTrainer
 trainer = H2OTrainer(api_url=sys.argv[1], api_key=KEY, timing=Timing(**FAST))
@@ -665,32 +591,47 @@ def test_a_client_that_is_killed_at_any_stage_and_started_again_makes_one_experi
         assert server.range_headers[-1] == f"bytes={len(server.archive) // 2}-"
 
 
-def test_a_certificate_of_a_private_authority_is_trusted_by_setting_alone(
-    request_: TrainingRequest, tmp_path: Path
-) -> None:
-    import ssl
+@pytest.fixture
+def authority() -> trustme.CA:
+    return trustme.CA()
 
-    certificate, key = tmp_path / "ca.pem", tmp_path / "ca.key"
-    command = f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout {key} -out {certificate}"
-    subprocess.run([*command.split(), "-addext", "subjectAltName=IP:127.0.0.1"], check=True, capture_output=True)
-    server = H2OServer()
+
+def over_tls(server: H2OServer, authority: trustme.CA, name: str) -> str:
+    """Let the server speak TLS with a certificate for `name`; returns its new address."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate, key)
-    server._http.socket = context.wrap_socket(server._http.socket, server_side=True)
-    url = server.url.replace("http:", "https:")
-    try:
-        timing = Timing(**FAST)
-        with pytest.raises(ConfigurationError, match=r"not trusted: self.signed.*ca_file"):
-            train(H2OTrainer(api_url=url, api_key=KEY, timing=timing), request_)
-        assert server.calls == []
-        trusted = H2OTrainer(api_url=url, api_key=KEY, timing=timing, ca_file=str(certificate))
-        assert train(trusted, request_).status == "completed"
-    finally:
-        server.close()
+    authority.issue_cert(name).configure_cert(context)
+    # The handshake is the connection's thread's, so that a refused one does not end the listener.
+    server.listener.socket = context.wrap_socket(
+        server.listener.socket, server_side=True, do_handshake_on_connect=False
+    )
+    return server.url.replace("http:", "https:")
+
+
+def test_a_certificate_of_a_private_authority_is_trusted_by_setting_alone(
+    server: H2OServer, request_: TrainingRequest, authority: trustme.CA, tmp_path: Path
+) -> None:
+    url = over_tls(server, authority, "127.0.0.1")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    timing = Timing(**FAST)
+    with pytest.raises(ConfigurationError, match=r"not trusted: unable to get local issuer.*H2O_CA_FILE"):
+        train(H2OTrainer(api_url=url, api_key=KEY, timing=timing), request_)
+    assert server.calls == []
+    trusted = H2OTrainer(api_url=url, api_key=KEY, timing=timing, ca_file=str(tmp_path / "ca.pem"))
+    assert train(trusted, request_).status == "completed"
+
+
+def test_a_trusted_certificate_for_another_name_is_refused_before_the_key_is_sent(
+    server: H2OServer, request_: TrainingRequest, authority: trustme.CA, tmp_path: Path
+) -> None:
+    url = over_tls(server, authority, "h2o.internal")
+    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+    with pytest.raises(ConfigurationError, match="not trusted: IP address mismatch"):
+        train(H2OTrainer(api_url=url, api_key=KEY, timing=Timing(**FAST), ca_file=str(tmp_path / "ca.pem")), request_)
+    assert server.calls == []
 
 
 def test_a_missing_authority_file_is_named(request_: TrainingRequest) -> None:
-    with pytest.raises(ConfigurationError, match=r"/nowhere/ca\.pem"):
+    with pytest.raises(ConfigurationError, match=r"/nowhere/ca\.pem.*H2O_CA_FILE"):
         train(H2OTrainer(api_url="https://127.0.0.1:1", ca_file="/nowhere/ca.pem"), request_)
 
 

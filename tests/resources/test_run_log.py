@@ -96,7 +96,9 @@ def test_an_existing_populated_table_is_adopted_without_touching_its_rows(log: R
     row_id = log.start(**FACTS, dagster_run_id="d1")
     assert row_id == 3
     assert sql(database, everything)[:2] == before
-    assert log.close_orphans(lambda run: "gone") == [3], "rows that others wrote are theirs to close"
+    assert [row.id for row in log.close_orphans(lambda run: "gone")] == [3], (
+        "rows that others wrote are theirs to close"
+    )
     assert sql(database, everything)[:2] == before
     old = log.recent()[-1]
     assert (old.base_model, old.metrics, old.training_run_id) == ("llama3-8b", {"loss": 1}, None)
@@ -228,7 +230,7 @@ def test_a_killed_process_leaves_a_running_row_that_is_closed_when_its_dagster_r
     alive = log.start(**FACTS, dagster_run_id="alive")
     assert {row.status for row in log.recent()} == {"RUNNING"}
     reasons = {"killed": "Dagster run killed ended as FAILURE"}
-    assert log.close_orphans(reasons.get) == [row_id]
+    assert [row.id for row in log.close_orphans(reasons.get)] == [row_id]
     by_id = {row.id: row for row in log.recent()}
     assert (by_id[row_id].status, by_id[row_id].error_message) == ("FAILED", "Dagster run killed ended as FAILURE")
     assert by_id[alive].status == "RUNNING"

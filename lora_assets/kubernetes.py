@@ -1,0 +1,12 @@
+"""What a step asks of Kubernetes; on one machine nobody reads it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# A tag of the step itself: a job's tags would reach the run's own pod alone, and miss the runs that the UI starts.
+_CONFIG = "dagster-k8s/config"
+
+
+def gpu_step() -> Mapping[str, Any]:
+    """Tags of a step that computes on one NVIDIA GPU."""
+    return {_CONFIG: {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}}}
