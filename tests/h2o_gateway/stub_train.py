@@ -1,0 +1,34 @@
+"""Trains nothing, but behaves as the experiment's name says: ``python stub_train.py -Y cfg.yaml``.
+
+quick: finishes at once; wait: finishes when a file ``go`` appears in the output directory; fail: raises;
+deaf: waits and ignores SIGTERM; empty: finishes without an adapter. Each start leaves a file behind.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+cfg = yaml.safe_load(Path(sys.argv[2]).read_text(encoding="utf-8"))
+output = Path(cfg["output_directory"])
+behaviour = cfg["experiment_name"].partition(" ")[0]
+begun = {"device": os.environ["CUDA_VISIBLE_DEVICES"], "environment": sorted(os.environ), "begun": time.time()}
+(output / f"start-{os.getpid()}.json").write_text(json.dumps(begun))
+print("the stub begins", flush=True)
+if behaviour == "fail":
+    raise RuntimeError("CUDA out of memory: 80 GiB wanted")
+if behaviour == "deaf":
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    (output / "deaf").touch()
+while behaviour in ("wait", "deaf") and not (output / "go").exists():
+    time.sleep(0.02)
+if behaviour != "empty":
+    (output / "adapter_model").mkdir()
+    (output / "adapter_model" / "adapter_model.safetensors").write_bytes(os.urandom(300_000))
+    (output / "adapter_model" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+(output / "checkpoint.pth").write_bytes(b"pickle")
+(output / "flags.json").write_text('{"status": "finished", "info": "Runtime: 00:00:00"}')
