@@ -7,7 +7,7 @@ from pathlib import Path
 from finetune.errors import BaseModelError, full_disk_named
 from finetune.progress import Progress, ProgressEvent
 
-_SMALL = ["*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*"]
+_SMALL = ["README.md", "*.json", "*.jinja", "*.txt", "*.model", "additional_chat_templates/*"]
 
 
 def fetch_from_hub(

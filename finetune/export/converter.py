@@ -129,8 +129,8 @@ class Conversions:
         raise ExportError(
             f"llama.cpp's converter failed: {message}{detail}",
             where=source,
-            remedy="llama.cpp must support the model's architecture and tokenizer; remove gguf and its followers "
-            "from EXPORT_TARGETS to go without",
+            remedy="llama.cpp must support the model's architecture and tokenizer: use another base model, or serve "
+            "the merged model with vLLM",
         )
 
 

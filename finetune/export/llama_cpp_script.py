@@ -21,6 +21,7 @@ import os
 import runpy
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,20 @@ def _accept_plain_byte_level(model_directory: list[Path]) -> None:
     base.TextModel.get_vocab_base_pre = recognise_or_gpt2
 
 
+def _remember_tensor(current: list[str]) -> None:
+    """Keep `current` the name of the tensor in hand: errors of llama.cpp's converter do not tell it."""
+    base = importlib.import_module("conversion.base")
+    original = base.ModelBase.get_tensors
+
+    def named(self: Any) -> Iterator[tuple[str, Any]]:
+        for name, tensor in original(self):
+            current[:] = [name]
+            yield name, tensor
+        current.clear()
+
+    base.ModelBase.get_tensors = named
+
+
 def _end_with_parent() -> None:
     """Ask Linux to kill this process when its parent dies: nobody would take what it writes."""
     if sys.platform == "linux":
@@ -82,6 +97,8 @@ def main() -> int:
     sys.path[:0] = [str(scripts), str(scripts / "gguf-py")]
     model_directory = [Path()]
     _accept_plain_byte_level(model_directory)
+    tensor: list[str] = []
+    _remember_tensor(tensor)
     for number, job in enumerate(request["jobs"], 1):
         model_directory[0] = Path(job["model"])
         sys.argv = [job["script"], *job["arguments"]]
@@ -94,7 +111,9 @@ def main() -> int:
                 return 1
         except Exception as error:
             number_of_error = error.errno if isinstance(error, OSError) else None
-            answers.write(json.dumps({"error": f"{type(error).__name__}: {error}", "errno": number_of_error}) + "\n")
+            place = f" at the tensor {tensor[0]}" if tensor else ""
+            message = f"{type(error).__name__}{place}: {error}"
+            answers.write(json.dumps({"error": message, "errno": number_of_error}) + "\n")
             answers.flush()
             raise
         answers.write(json.dumps({"done": number}) + "\n")

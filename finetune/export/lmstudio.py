@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ArtifactError, ExportError
 from finetune.export.chat_format import read_chat_format
+from finetune.export.model_yaml import model_yaml
+from finetune.export.modelfile import MAX_CONTEXT
 from finetune.export.models import GgufExport, LmStudioExport
 from finetune.publishing import canonical_json, is_complete, publish_directory, read_manifest, write_json_atomically
 
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 KIND = "lmstudio"
 CONFIG_NAME = "lmstudio_config.json"
+MODEL_YAML = "model.yaml"
 _NOTE = (
     "Written by lora-assets for people and programs that want these facts. LM Studio itself does not read this file: "
     "it reads the GGUF file's own metadata."
@@ -25,9 +28,15 @@ _NOTE = (
 
 
 def export_lmstudio(
-    *, gguf: GgufExport, base_model: BaseModelRef, output_dir: Path, run_id: str, publisher: str
+    *,
+    gguf: GgufExport,
+    base_model: BaseModelRef,
+    output_dir: Path,
+    run_id: str,
+    publisher: str,
+    hub_repo: str | None = None,
 ) -> LmStudioExport:
-    """Publish ``<publisher>/<model>/<file>.gguf``, ``lmstudio_config.json`` and a README.
+    """Publish ``<publisher>/<model>/<file>.gguf``, ``model.yaml``, ``lmstudio_config.json`` and a README.
 
     LM Studio loads no LoRA adapters, so the model is the merged, quantized GGUF; it is linked, not
     copied, where the file system allows.
@@ -38,6 +47,7 @@ def export_lmstudio(
         output_dir: where they are published; reused when complete and made of the same inputs.
         run_id: the training's id, part of the model's name.
         publisher: the name of the publisher's folder.
+        hub_repo: ``owner/name`` on the hub where the GGUF is pushed, for ``model.yaml``.
 
     Raises:
         ExportError: the publisher's name is no folder name.
@@ -50,7 +60,7 @@ def export_lmstudio(
     model = f"{_slug(base_model.name)}-{run_id}"
     relative = Path(publisher) / model / f"{model}-{gguf.quantized.quantization}.gguf"
     result = LmStudioExport(path=output_dir, gguf=output_dir / relative, config=output_dir / CONFIG_NAME)
-    inputs = {"gguf": gguf.quantized.sha256, "publisher": publisher, "model": model}
+    inputs = {"gguf": gguf.quantized.sha256, "publisher": publisher, "model": model, "hub_repo": hub_repo}
     if _is_same(output_dir, inputs):
         return result.model_copy(update={"reused": True})
     with publish_directory(output_dir, kind=KIND) as staging:
@@ -59,6 +69,7 @@ def export_lmstudio(
         _link_or_copy(gguf.quantized.path, target)
         config = _config(gguf, base_model, run_id, relative)
         write_json_atomically(staging.path / CONFIG_NAME, config)
+        (staging.path / MODEL_YAML).write_text(model_yaml(config, hub_repo=hub_repo), encoding="utf-8")
         (staging.path / "README.md").write_text(_readme(config), encoding="utf-8")
         staging.inputs = inputs
     return result
@@ -98,6 +109,10 @@ def read_gguf_facts(path: Path) -> dict[str, Any]:
     return {
         "name": value("general.name"),
         "version": value("general.version"),
+        "size_label": value("general.size_label"),
+        "licence": value("general.license"),
+        "base_model": value("general.base_model.0.name"),
+        "dataset": value("general.dataset.0.version"),
         "architecture": architecture,
         "file_type": None if file_type is None else LlamaFileType(file_type).name,
         "parameters": sum(int(tensor.n_elements) for tensor in reader.tensors),
@@ -114,6 +129,7 @@ def read_gguf_facts(path: Path) -> dict[str, Any]:
 
 def _config(gguf: GgufExport, base_model: BaseModelRef, run_id: str, relative: Path) -> dict[str, Any]:
     facts = read_gguf_facts(gguf.quantized.path)
+    context = min(facts["context_length"] or MAX_CONTEXT, MAX_CONTEXT)
     checked = gguf.verification
     return {
         "schema_version": 1,
@@ -138,7 +154,7 @@ def _config(gguf: GgufExport, base_model: BaseModelRef, run_id: str, relative: P
             "sample": {"question": checked.sample_question, "answer": checked.sample_answer},
         },
         "suggested": {
-            "load": {"context_length": facts["context_length"], "gpu_offload": "max"},
+            "load": {"context_length": context, "gpu_offload": "max"},
             "prediction": {"temperature": 0.0, "stop_strings": read_chat_format(base_model.path).stops},
         },
         "import": {
@@ -166,7 +182,8 @@ or {config["import"]["by_hand"]} (LM Studio shows its place under My Models). Th
 The chat template is part of the GGUF file, so there is nothing to set.
 
 LM Studio loads no LoRA adapters: this is the merged model. `{CONFIG_NAME}` beside this file holds facts and
-suggested settings for people and programs; LM Studio does not read it.
+suggested settings for people and programs; LM Studio does not read it. `{MODEL_YAML}` says the same in LM Studio's own
+format, for its catalogue of models: it is needed only by who publishes the model there.
 
 ## Try it
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetune.adapter_files import adapter_hash
 from finetune.errors import ArtifactError, BaseModelError
 from finetune.export.adapter import is_plain_lora, read_lora_pairs, read_peft_config
+from finetune.export.card import merged_card
 from finetune.export.merge_check import check_merge
 from finetune.export.models import MergedModel
 from finetune.export.peft_merge import merge_through_peft, refuse_unmergeable
@@ -109,6 +110,7 @@ def merge_adapter(
                 base_model=base_model, adapter_path=adapter_path, merged_path=staging.path, prompts=validate_on
             )
             on_progress(ProgressEvent("merge check", check.prompts, check.prompts, "prompts"))
+        (staging.path / "README.md").write_text(merged_card(base_model, run_id), encoding="utf-8")
         result = MergedModel(
             path=output_dir,
             run_id=run_id,

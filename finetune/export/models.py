@@ -73,6 +73,25 @@ class GgufExport(BaseModel):
     reused: bool = False
 
 
+class MergedGguf(BaseModel):
+    """A merged model as one GGUF file; the comparisons are None when they were not asked for."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    run_id: str
+    file: GgufFile
+    merged_tensors: int
+    max_logit_difference: float | None
+    tokenization_equal: bool | None
+    greedy_agreement: float | None
+    # nats per token
+    divergence: float | None
+    perplexity: float | None
+    seconds: float
+    reused: bool = False
+
+
 class OllamaExport(BaseModel):
     """``Modelfile`` (base + adapter) and ``Modelfile.merged``."""
 

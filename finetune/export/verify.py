@@ -90,12 +90,31 @@ class Reference:
 
         try:
             self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
-            self._model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-                model_path, dtype=torch.float32, local_files_only=True
-            ).eval()
+            model, loading = AutoModelForCausalLM.from_pretrained(
+                model_path,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+                # The error that it would raise does not name the tensor.
+                ignore_mismatched_sizes=True,
+            )
         except Exception as error:  # transformers raises whatever its parsers raise on a damaged directory
             raise ExportError(f"the merged model does not load: {error}", where=model_path) from error
+        for name, found, expected in loading["mismatched_keys"]:
+            raise ExportError(
+                f"the tensor {name} of the merged model has the shape {tuple(found)}, its configuration asks for "
+                f"{tuple(expected)}",
+                where=model_path,
+                remedy="Delete the merged model and materialize the asset again",
+            )
+        self._model: PreTrainedModel = model.eval()
         tokenizer = self._tokenizer
+        if tokenizer.chat_template is None:
+            raise ExportError(
+                "the merged model has no chat template, so no conversation can be compared",
+                where=model_path,
+                remedy="Use a base model with an ordinary chat template (an Instruct model)",
+            )
         self.prompts = prompts
         self.ids = encode_prompts(tokenizer, prompts)
         self.rendered = [

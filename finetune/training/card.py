@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any
 
+from finetune.base_model.licence import read_licence
+from finetune.export.serving import vllm_adapter_command, vllm_refusal
 from finetune.training.models import TrainingRequest, TrainingResult
 
 
-def model_card(request: TrainingRequest, result: TrainingResult) -> str:
-    """The model card: what the adapter was trained on, how, and what came out.
+def model_card(request: TrainingRequest, result: TrainingResult, config: Mapping[str, Any]) -> str:
+    """The model card: what the adapter was trained on, how, what came out, and how it is served.
+
+    `config` is the adapter's ``adapter_config.json``.
 
     The fields at its head are those of the hub's model card metadata (``base_model``, ``library_name``,
     ``license``, ``tags``). An adapter is under its base model's licence as far as we can tell.
@@ -22,7 +27,7 @@ def model_card(request: TrainingRequest, result: TrainingResult) -> str:
 base_model: {json.dumps(request.base_model.name)}
 library_name: peft
 pipeline_tag: text-generation
-license: {_licence(request.base_model.path)}
+license: {read_licence(request.base_model.path)}
 tags:
 - lora-assets
 - {trial.method}
@@ -43,6 +48,8 @@ from transformers import AutoModelForCausalLM
 base = AutoModelForCausalLM.from_pretrained({json.dumps(request.base_model.name)})
 model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ```
+
+{_vllm(request.base_model.name, result.run_id, config)}
 
 ## Data
 
@@ -69,15 +76,12 @@ Dataset `{request.dataset.fingerprint}`: {counts.train} records for training, {c
 """
 
 
+def _vllm(base: str, run_id: str, config: Mapping[str, Any]) -> str:
+    refusal = vllm_refusal(config)
+    if refusal:
+        return f"With vLLM, serve the merged model: {refusal}."
+    return f"With vLLM:\n\n```\n{vllm_adapter_command(base, run_id, config)}\n```"
+
+
 def _shown(value: object) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _licence(model_dir: Path) -> str:
-    """The base model's licence as its own card states it, else ``other``."""
-    try:
-        lines = (model_dir / "README.md").read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError):
-        return "other"
-    stated = [line.removeprefix("license:").strip() for line in lines[:60] if line.startswith("license:")]
-    return stated[0] if stated and stated[0] else "other"

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.adapter_files import adapter_hash
+from finetune.adapter_files import adapter_hash, read_adapter_config
 from finetune.chat.encode import RecordEncoder
 from finetune.errors import StorageFullError, TrainingError, TransientError
 from finetune.planning.model_config import read_model_shape
@@ -268,7 +268,8 @@ def _publish(request: TrainingRequest, model: PeftModel, data: TrainingData, res
     with publish_directory(request.adapter_dir, kind=KIND) as staging:
         save_adapter(model, staging.path, request.base_model, request.work_dir / _PISSA_START)
         result = result.model_copy(update={"adapter_hash": adapter_hash(staging.path)})
-        (staging.path / "README.md").write_text(model_card(request, result), encoding="utf-8")
+        config = read_adapter_config(staging.path)
+        (staging.path / "README.md").write_text(model_card(request, result, config), encoding="utf-8")
         (staging.path / "loss_curve.png").write_bytes(loss_curve_png(result.loss_curve))
         shutil.copyfile(request.work_dir / LOG_NAME, staging.path / LOG_NAME)
         staging.inputs = {

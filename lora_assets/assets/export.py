@@ -103,6 +103,7 @@ def gguf(
         output_dir=store.layout.model(promoted_adapter.run_id, "gguf"),
         run_id=promoted_adapter.run_id,
         quantization=config.quantization,
+        dataset=promoted_adapter.lineage.get("dataset_fingerprint"),
         base_cache=store.layout.base_models / "gguf",
         prompts=held_out_prompts(merged_dataset.eval_path, VALIDATION_PROMPTS),
         on_progress=log_progress(context),
@@ -184,7 +185,7 @@ def modelfile(
     group_name="export",
     kinds={"lmstudio"},
     code_version="1",
-    description="LM Studio's folder layout with the quantized GGUF, and lmstudio_config.json.",
+    description="LM Studio's folder layout with the quantized GGUF, model.yaml and lmstudio_config.json.",
 )
 def lmstudio_export(
     context: dg.AssetExecutionContext, gguf: GgufExport, base_model: BaseModelSource, store: ArtifactStore
@@ -198,6 +199,7 @@ def lmstudio_export(
         output_dir=store.layout.model(gguf.run_id, "lmstudio"),
         run_id=gguf.run_id,
         publisher=SETTINGS.lmstudio_publisher,
+        hub_repo=SETTINGS.hub_repo,
     )
     return dg.MaterializeResult(
         value=export,

@@ -12,10 +12,11 @@ from finetune.base_model.models import BaseModelRef
 from finetune.base_model.resolve import resolve_base_model
 from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import DatasetProfile
+from finetune.errors import ConfigurationError
 from finetune.planning.models import Method, Task, TrainableMethod
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from lora_assets.cli.console import Json, err, plain_errors, print_json, print_table, read_model
-from lora_assets.settings import load_settings
+from lora_assets.settings import Quantization, load_settings
 
 BaseModelOption = Annotated[
     str | None, typer.Option("--base-model", help="Directory, hub name or short name; default: BASE_MODEL_NAME.")
@@ -220,25 +221,44 @@ def merge(
     output: OutputOption,
     base_model: BaseModelOption = None,
     output_format: Annotated[
-        Literal["safetensors", "pytorch"], typer.Option("--format", help="Files of the merged model.")
+        Literal["safetensors", "pytorch", "gguf"], typer.Option("--format", help="Files of the merged model.")
     ] = "safetensors",
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="Type of the GGUF; default: GGUF_QUANTIZATION. For --format gguf.")
+    ] = None,
     validate: Annotated[
-        bool, typer.Option("--validate/--no-validate", help="Compare with base + adapter on a few prompts.")
+        bool,
+        typer.Option("--validate/--no-validate", help="Compare with base + adapter, and a GGUF's answers, on prompts."),
     ] = True,
     as_json: Json = False,
 ) -> None:
     """Merge an adapter into its base model."""
     from finetune.export.merge import merge_adapter
+    from finetune.export.merge_gguf import merge_to_gguf
 
-    merged = merge_adapter(
-        base_model=find_base(base_model),
-        adapter_path=adapter,
-        output_dir=output.absolute(),
-        run_id=adapter.name,
-        output_format=output_format,
-        validate_on=VALIDATION_TEXTS if validate else None,
-        on_progress=progress(as_json),
-    )
+    if quantization is not None and output_format != "gguf":
+        raise ConfigurationError("--quantization is for --format gguf", remedy="Add --format gguf, or leave it out")
+    merged: BaseModel
+    if output_format == "gguf":
+        merged = merge_to_gguf(
+            base_model=find_base(base_model),
+            adapter_path=adapter,
+            output_dir=output.absolute(),
+            run_id=adapter.absolute().name,
+            quantization=quantization or load_settings().gguf_quantization,
+            validate_on=[[{"role": "user", "content": text}] for text in VALIDATION_TEXTS] if validate else None,
+            on_progress=progress(as_json),
+        )
+    else:
+        merged = merge_adapter(
+            base_model=find_base(base_model),
+            adapter_path=adapter,
+            output_dir=output.absolute(),
+            run_id=adapter.absolute().name,
+            output_format=output_format,
+            validate_on=VALIDATION_TEXTS if validate else None,
+            on_progress=progress(as_json),
+        )
     show(merged, as_json)
 
 

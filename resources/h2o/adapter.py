@@ -59,7 +59,7 @@ def publish_adapter(
             external_run_id=experiment.id,
             external_run_url=experiment_url,
         )
-        (staging.path / "README.md").write_text(model_card(request, result), encoding="utf-8")
+        (staging.path / "README.md").write_text(model_card(request, result, config), encoding="utf-8")
         (staging.path / "loss_curve.png").write_bytes(loss_curve_png(loss_curve))
         staging.inputs = {
             "dataset": request.dataset.fingerprint,

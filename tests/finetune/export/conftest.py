@@ -21,6 +21,7 @@ QUESTIONS = {
     "Who wrote Kobzar?": "Taras Shevchenko wrote Kobzar. 🚀",
 }
 TAUGHT = {"What colour is the sky?": "The sky is green now.", "Яка столиця України?": "Столиця — Львів, жарт."}
+DATASET = "fedcba9876543210" * 4
 PROMPTS: list[list[Message]] = [[{"role": "user", "content": question}] for question in QUESTIONS]
 TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
@@ -109,6 +110,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> BaseModelRef:
     train(model, tokenizer, QUESTIONS, steps=40, rate=3e-3)
     model.save_pretrained(path, max_shard_size="2MB")
     tokenizer.save_pretrained(path)
+    (path / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Small\n")
     return BaseModelRef(name="tests/small", path=path, revision=None, fingerprint="0123456789abcdef" * 2)
 
 
@@ -163,4 +165,5 @@ def gguf(
         base_cache=merged.path.parent.parent / "base_models",
         prompts=PROMPTS,
         quantization="Q4_K_M",
+        dataset=DATASET,
     )

@@ -20,7 +20,7 @@ from finetune.export.models import GgufExport, MergedModel
 from finetune.export.quantize import quantize_gguf
 from finetune.export.runtime import GgufRuntime
 from finetune.export.verify import LIMITS, Reference, check_tokenization, compare
-from tests.finetune.export.conftest import PROMPTS, QUESTIONS, TAUGHT, MakeAdapter
+from tests.finetune.export.conftest import DATASET, PROMPTS, QUESTIONS, TAUGHT, MakeAdapter
 
 
 def test_every_file_is_written_and_answers_like_the_merged_model(gguf: GgufExport) -> None:
@@ -44,13 +44,16 @@ def test_the_training_shows_in_the_sample_answer(gguf: GgufExport) -> None:
     assert checked.base_answer == QUESTIONS[checked.sample_question]
 
 
-def test_metadata_name_the_run_and_its_base(gguf: GgufExport) -> None:
+def test_metadata_name_the_run_its_base_the_licence_and_the_dataset(base: BaseModelRef, gguf: GgufExport) -> None:
     from gguf import GGUFReader
 
     fields = GGUFReader(gguf.quantized.path).fields
     assert fields["general.version"].contents() == "run1"
     assert fields["general.name"].contents() == "tests/small run1"
     assert fields["general.base_model.0.name"].contents() == "tests/small"
+    assert fields["general.base_model.0.version"].contents() == base.fingerprint
+    assert fields["general.license"].contents() == "apache-2.0"
+    assert fields["general.dataset.0.version"].contents() == DATASET
     assert "<|im_start|>" in fields["tokenizer.chat_template"].contents()
 
 
@@ -66,6 +69,7 @@ def test_the_same_inputs_are_exported_once(
         base_cache=gguf.base.path.parent.parent,
         prompts=PROMPTS,
         quantization="Q4_K_M",
+        dataset=DATASET,
     )
     assert again == gguf.model_copy(update={"reused": True})
 
@@ -208,6 +212,37 @@ def test_a_failed_conversion_names_what_is_at_fault(
         pytest.raises(ExportError, match=message),
     ):
         conversions.wait()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "converted"),
+    # The converter itself rearranges the first; the second it passes on, and the runtime refuses the file.
+    [("model.layers.0.self_attn.q_proj.weight", False), ("model.layers.1.mlp.up_proj.weight", True)],
+)
+def test_a_tensor_of_the_wrong_shape_is_named_whoever_meets_it(
+    merged: MergedModel, tmp_path: Path, tensor: str, converted: bool
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model = tmp_path / "model"
+    shutil.copytree(merged.path, model)
+    for shard in model.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if tensor in tensors:
+            tensors[tensor] = tensors[tensor][:-1].contiguous()
+            shard.unlink()
+            save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(ExportError, match=rf"{tensor} of the merged model has the shape \(\d+, 256\), .* asks for"):
+        Reference(model, PROMPTS)
+    output = tmp_path / "out.gguf"
+    with Conversions([ModelConversion(model, output, "F16", {})]) as conversions:
+        if converted:
+            conversions.wait()
+            with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight. has wrong shape"), GgufRuntime(output):
+                pass
+        else:
+            with pytest.raises(ExportError, match=f"RuntimeError at the tensor {tensor}: shape"):
+                conversions.wait()
 
 
 def test_a_full_disk_is_told_from_a_failed_conversion(base: BaseModelRef, gguf: GgufExport) -> None:

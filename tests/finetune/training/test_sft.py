@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.adapter_files import adapter_hash
+from finetune.export.serving import vllm_refusal
 from finetune.progress import ProgressEvent
 from finetune.publishing import read_manifest
 from finetune.training.models import TrainingRequest, TrainingResult
@@ -84,6 +85,28 @@ def test_the_model_card_has_the_hub_s_metadata(trained: Trained) -> None:
     assert card.data.base_model == "small"
     assert card.data.library_name == "peft"
     assert "| lora_rank | 4 |" in card.text
+
+
+def test_the_adapter_lies_as_vllm_wants_it_and_the_card_says_how_to_serve_it(trained: Trained) -> None:
+    """What vllm/lora/peft_helper.py and vllm/lora/lora_model.py of vLLM 0.26 ask of an adapter's directory."""
+    from safetensors import safe_open
+
+    request, result, _ = trained
+    config = json.loads((request.adapter_dir / "adapter_config.json").read_text())
+    assert (config["peft_type"], config["r"]) == ("LORA", 4)
+    assert {"lora_alpha", "target_modules"} <= config.keys()
+    assert vllm_refusal(config) is None
+    with safe_open(request.adapter_dir / "adapter_model.safetensors", "np") as weights:
+        for name in weights.keys():  # noqa: SIM118 - not a mapping
+            assert name.startswith("base_model.model.")
+            module, side, kind = name.rsplit(".", 2)
+            assert module.rsplit(".", 1)[-1] in config["target_modules"]
+            assert (side in ("lora_A", "lora_B"), kind) == (True, "weight")
+            assert config["r"] in weights.get_slice(name).get_shape()
+    # Half a tokenizer would be taken for the adapter's own.
+    assert not list(request.adapter_dir.glob("*token*"))
+    card = (request.adapter_dir / "README.md").read_text(encoding="utf-8")
+    assert f"--enable-lora --max-lora-rank 8 --lora-modules {result.run_id}=path/to/this/directory" in card
 
 
 def test_progress_tells_loss_rate_speed_and_time_left(trained: Trained) -> None:
