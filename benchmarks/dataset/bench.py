@@ -23,7 +23,7 @@ from typing import NamedTuple
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parents[1])]
 
-from contenders import CONTENDERS, NEEDS_CLEAN, SAME_FILES  # noqa: E402
+from contenders import CONTENDERS, NEEDS_CLEAN, SAME_FILES, UP_TO_MEGABYTES  # noqa: E402
 from generator import write_exports  # noqa: E402
 
 from finetune.publishing import sha256_file  # noqa: E402
@@ -47,7 +47,8 @@ def measure(name: str, source: Path, target: Path) -> Measurement:
     started = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, str(HERE / "contenders.py"), name, str(source), str(target)],
-        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "HF_HUB_OFFLINE": "1"},
+        # (Threads of numpy's BLAS spin when they start, though nobody asks them for anything.)
+        env={**os.environ, "PYTHONPATH": str(HERE.parents[1]), "HF_HUB_OFFLINE": "1", "OPENBLAS_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
     )
     peak = 0
@@ -81,13 +82,14 @@ def _resident(pid: int) -> int:
 def main() -> None:
     """Print one table a size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000])
+    parser.add_argument("--megabytes", type=int, nargs="+", default=[100, 1000, 5000])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), metavar="NAME")
     options = parser.parse_args()
     for megabytes in options.megabytes:
         with tempfile.TemporaryDirectory() as directory:
-            compare(Path(directory), megabytes, options.rounds, options.only)
+            names = [name for name in options.only if megabytes <= UP_TO_MEGABYTES.get(name, megabytes)]
+            compare(Path(directory), megabytes, options.rounds, names)
 
 
 def compare(directory: Path, megabytes: int, rounds: int, names: list[str]) -> None:
@@ -101,15 +103,18 @@ def compare(directory: Path, megabytes: int, rounds: int, names: list[str]) -> N
             runs[name].append(measure(name, corpora[name in NEEDS_CLEAN], directory / "target"))
     if len({str(run.digests) for name in SAME_FILES & set(names) for run in runs[name]}) > 1:
         raise SystemExit(f"the files of {', '.join(sorted(SAME_FILES))} differ")
-    load = os.getloadavg()[0]
-    print(f"\n{megabytes} MB, medians of {rounds}; {os.cpu_count()} cores, load {load:.1f}")
-    print(f"{'':<20} {'MB/CPU-s':>9} {'wall s':>8} {'MB/s':>7} {'peak MB':>8} {'ours is':>8}")
-    ours = statistics.median(run.cpu for run in runs["ours"]) if "ours" in runs else None
-    for name, measured in runs.items():
-        cpu, wall, memory = (statistics.median(column) for column in list(zip(*measured, strict=True))[:3])
-        ratio = f"{cpu / ours:.2f} x" if ours else ""
+    print(f"\n{megabytes} MB, medians of {rounds}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
+    print(
+        "| | MB per CPU-second | wall s | MB/s | peak MB | ours: by CPU | by wall |\n| --- | --- | --- | --- | --- | --- | --- |"
+    )
+    figures = {
+        name: [statistics.median(column) for column in list(zip(*runs[name], strict=True))[:3]] for name in names
+    }
+    for name, (cpu, wall, memory) in figures.items():
+        ratios = [theirs / ours for theirs, ours in zip((cpu, wall), figures["ours"], strict=False)]
+        faster = " | ".join(f"{ratio:.2f} x" for ratio in ratios)
         print(
-            f"{name:<20} {megabytes / cpu:>9.0f} {wall:>8.2f} {megabytes / wall:>7.0f} {memory / 1e6:>8.0f} {ratio:>8}",
+            f"| {name} | {megabytes / cpu:.0f} | {wall:.2f} | {megabytes / wall:.0f} | {memory / 1e6:.0f} | {faster} |",
             flush=True,
         )
 

@@ -72,7 +72,10 @@ def scanning(workers: int) -> Iterator[Scanner]:
 
 def _start() -> subprocess.Popen[bytes]:
     program = f"import sys; sys.path[:] = {sys.path!r}; from finetune.dataset.workers import serve; serve()"
-    return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # Threads of numpy's BLAS, which nothing here asks for, would spin on the cores that other workers need.
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 def _ask(process: subprocess.Popen[bytes], task: RangeTask) -> RangeScan:

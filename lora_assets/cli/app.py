@@ -40,6 +40,8 @@ def main() -> None:
 
     # Threads of PyTorch that wait by spinning starve each other on a busy machine: five times slower was seen.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Nothing here multiplies matrices by numpy, whose BLAS threads spin from the moment that it is imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     # Progress is told by our own lines; libraries' bars and talk of their next releases only hide it.
     os.environ.setdefault("TQDM_DISABLE", "1")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
