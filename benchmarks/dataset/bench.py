@@ -1,6 +1,6 @@
 """Dataset preparation, side by side with what else one would use.
 
-    python benchmarks/dataset/bench.py [--megabytes 100 1000] [--rounds 5] [--only ours "orjson loop"]
+    python benchmarks/dataset/bench.py [--megabytes 100 1000 5000] [--rounds 5] [--only ours "orjson loop"]
 
 Every round runs every contender once in a fresh process, so that noise meets them alike; the figures are
 medians. CPU time counts all processes, memory is the peak of their resident sizes added up (pages that two
@@ -104,12 +104,9 @@ def compare(directory: Path, megabytes: int, rounds: int, names: list[str]) -> N
     if len({str(run.digests) for name in SAME_FILES & set(names) for run in runs[name]}) > 1:
         raise SystemExit(f"the files of {', '.join(sorted(SAME_FILES))} differ")
     print(f"\n{megabytes} MB, medians of {rounds}; {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}\n")
-    print(
-        "| | MB per CPU-second | wall s | MB/s | peak MB | ours: by CPU | by wall |\n| --- | --- | --- | --- | --- | --- | --- |"
-    )
-    figures = {
-        name: [statistics.median(column) for column in list(zip(*runs[name], strict=True))[:3]] for name in names
-    }
+    print("| | MB per CPU-second | wall s | MB/s | peak MB | ours: by CPU | by wall |")
+    print("| --- | --- | --- | --- | --- | --- | --- |")
+    figures = {name: list(map(statistics.median, list(zip(*runs[name], strict=True))[:3])) for name in names}
     for name, (cpu, wall, memory) in figures.items():
         ratios = [theirs / ours for theirs, ours in zip((cpu, wall), figures["ours"], strict=False)]
         faster = " | ".join(f"{ratio:.2f} x" for ratio in ratios)
