@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx
+from pydantic import ValidationError
 
 from finetune.errors import ConfigurationError, FinetuneError, RemoteError, TrainingError
 from resources.h2o.protocol import Experiment, Protocol, Timing
@@ -220,8 +221,11 @@ class H2OClient:
     def _experiment(self, answer: Any) -> Experiment:
         try:
             experiment = Experiment.read(answer, self.protocol)
+        except ValidationError as error:
+            wrong = "; ".join(f"{each['loc'][0]}: {each['msg']}" for each in error.errors())
+            raise PassingFailureError(f"an unreadable answer: {wrong}", malformed=True) from None
         except ValueError as error:
-            raise PassingFailureError(f"an unreadable answer: {self._shown(str(error))}", malformed=True) from error
+            raise PassingFailureError(f"an unreadable answer: {error}", malformed=True) from error
         said = {name: self._shown(getattr(experiment, name)) for name in ("error", "log_tail", "url")}
         return experiment.model_copy(update=said)
 

@@ -50,7 +50,7 @@ def safe_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     try:
         config = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _refused(path, f"the adapter's configuration is no JSON: {error}") from error
     if not isinstance(config, dict):
         raise _refused(path, "the adapter's configuration is no JSON object")

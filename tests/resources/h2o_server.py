@@ -139,6 +139,8 @@ class H2OServer:
         # The names of another edition: paths' first part, fields and statuses.
         self.base = "api"
         self.names: dict[str, str] = {}
+        # What every answer about an experiment says beside the rest.
+        self.extra: dict[str, Any] = {}
         self.port = 0
         self.open()
 
@@ -165,6 +167,8 @@ class H2OServer:
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Headers and body are two writes, of which the second would wait for the first's acknowledgement.
+    disable_nagle_algorithm = True
     state: H2OServer
     mute = half = flip = False
 
@@ -305,7 +309,7 @@ class Handler(BaseHTTPRequestHandler):
                 "body": body,
             }
             self.state.experiments[identifier] = experiment
-        self.json(201, experiment)
+        self.json(201, experiment | self.state.extra)
 
     def list(self, query: dict[str, list[str]]) -> None:
         if not self.state.lists:
@@ -329,7 +333,7 @@ class Handler(BaseHTTPRequestHandler):
                     experiment.update(state.outcome)
             if experiment["status"] == "finished" and state.tells_sha256:
                 experiment["sha256"] = state.sha256
-        self.json(200, experiment)
+        self.json(200, experiment | state.extra)
 
     def download(self, identifier: str) -> None:
         experiment = self.state.experiments.get(identifier.replace("%2F", "/"))

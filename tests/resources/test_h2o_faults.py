@@ -1,0 +1,345 @@
+"""What the first tests of the client leave out: outages, connections half dead, hostile answers, other editions."""
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+
+from finetune.adapter_files import CONFIG_NAME
+from finetune.errors import FinetuneError, RemoteError, TrainingError
+from finetune.progress import ProgressEvent
+from finetune.publishing import is_complete
+from finetune.training.models import TrainingRequest
+from resources.h2o import client, polling
+from resources.h2o.client import backoff
+from resources.h2o.protocol import Protocol, Timing
+from resources.h2o_trainer import H2OTrainer
+from tests.resources.h2o_server import KEY, H2OServer, Handler, adapter_files, archive, half_closes, says
+from tests.resources.h2o_training import FAST, train, trainer_for
+
+
+class FastClock:
+    """Time that passes in sleep alone, a thousand times as fast."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.on_sleep: Callable[[], None] = lambda: None
+
+    def monotonic(self) -> float:
+        return self.now + time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        time.sleep(seconds / 1000)
+        self.on_sleep()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> FastClock:
+    clock = FastClock()
+    monkeypatch.setattr(client, "time", clock)
+    monkeypatch.setattr(polling, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("call", ["upload", "create", "poll", "download"])
+def test_an_outage_of_half_an_hour_is_survived_with_the_usual_patience(
+    server: H2OServer, request_: TrainingRequest, clock: FastClock, call: str
+) -> None:
+    went_down = threading.Event()
+
+    def goes_down(handler: Handler) -> bool:
+        handler.drain()
+        # Not in the listener's own thread, which it waits for.
+        server.close()
+        went_down.set()
+        handler.close_connection = True
+        return True
+
+    server.faults[call] = [goes_down]
+    down_at: list[float] = []
+    events: list[ProgressEvent] = []
+
+    def come_back() -> None:
+        if went_down.is_set():
+            down_at.append(clock.now)
+            if clock.now - down_at[0] > 1800:
+                went_down.clear()
+                server.open()
+
+    clock.on_sleep = come_back
+    trainer = H2OTrainer(api_url=server.url, api_key=KEY)
+    assert train(trainer, request_, events).status == "completed"
+    assert server.struck == [call]
+    assert down_at[-1] - down_at[0] > 1800
+    refused = [event.stage for event in events if "ConnectError" in event.stage]
+    assert 30 <= len(refused) <= 70, "waits grow to a minute and no further"
+    assert (len(server.experiments), len(server.datasets)) == (1, 1)
+
+
+def test_waits_double_with_jitter_up_to_their_ceiling() -> None:
+    for trial in range(100):
+        waits = {backoff(1, 60, trial) for _ in range(50)}
+        longest = min(60, 2.0**trial)
+        assert longest / 2 <= min(waits) < max(waits) <= longest
+
+
+def test_a_server_that_accepts_no_connection_is_given_up_after_the_time_for_that(request_: TrainingRequest) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        # The kernel drops what comes to a full queue, as a firewall would.
+        waiting = []
+        for _ in range(4):
+            other = socket.socket()
+            other.setblocking(False)
+            other.connect_ex(address)
+            waiting.append(other)
+        try:
+            trainer = H2OTrainer(
+                api_url=f"http://127.0.0.1:{address[1]}",
+                timing=Timing(**{**FAST, "connect_timeout": 0.2, "retry_budget": 0.3}),
+            )
+            with pytest.raises(RemoteError, match="ConnectTimeout"):
+                train(trainer, request_)
+        finally:
+            for other in waiting:
+                other.close()
+
+
+@pytest.mark.parametrize("call", ["upload", "list", "create", "poll", "download"])
+def test_a_half_closed_connection_is_survived(server: H2OServer, request_: TrainingRequest, call: str) -> None:
+    server.faults[call] = [half_closes]
+    assert train(trainer_for(server), request_).status == "completed"
+    assert server.struck == [call]
+    assert len(server.experiments) == 1
+
+
+HOSTILE_ANSWERS = {
+    "nested": b"[" * 100_000,
+    "scalar": b"7",
+    "list": b"[[1], 2, null]",
+    "no-status": b'{"id": "exp/1"}',
+    "status-of-another-type": b'{"id": "exp/1", "status": {"$gt": ""}}',
+    "step-of-another-type": b'{"id": "exp/1", "status": "running", "step": "many"}',
+    "infinite-step": b'{"id": "exp/1", "status": "running", "step": 1e999}',
+    "endless-number": b'{"id": "exp/1", "status": "running", "step": ' + b"9" * 10_000 + b"}",
+    "nul-in-id": b'{"id": "exp\\u0000", "status": "running"}',
+    "surrogate-in-id": b'{"id": "exp\\ud800", "status": "running"}',
+    "long-id": b'{"id": "' + b"x" * 10_000 + b'", "status": "running"}',
+    "not-utf-8": b'{"id": "\xff", "status": "running"}',
+    "too-long": b" " * (5 << 20) + b"{}",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_ANSWERS)
+@pytest.mark.parametrize("call", ["create", "poll"])
+def test_a_hostile_answer_is_asked_for_again_and_ends_in_one_clear_error(
+    server: H2OServer, request_: TrainingRequest, call: str, name: str
+) -> None:
+    server.faults[call] = [says(201, HOSTILE_ANSWERS[name])] * 5
+    with pytest.raises(RemoteError, match=r"could not be worked with in 5 trials.*H2O_API_URL"):
+        train(trainer_for(server), request_)
+    assert server.struck == [call] * 5
+    assert train(trainer_for(server), request_).status == "completed"
+
+
+def test_figures_that_are_no_numbers_do_no_harm(server: H2OServer, request_: TrainingRequest) -> None:
+    server.outcome = {"status": "finished", "metrics": {"loss": float("nan"), "gpu_hours": "many", "x": [1], "y": True}}
+    result = train(trainer_for(server), request_)
+    assert result.status == "completed"
+    assert is_complete(request_.adapter_dir)
+
+
+NO_LINKS = ["javascript:alert(1)", "data:text/html,x", "http://h/\u0000", 7, "https://h/" + "x" * 3000]
+
+
+@pytest.mark.parametrize("url", NO_LINKS, ids=["script", "data", "nul", "number", "long"])
+def test_an_address_that_is_no_link_does_not_become_one(
+    server: H2OServer, request_: TrainingRequest, url: object
+) -> None:
+    external: list[tuple[str, str]] = []
+    server.extra = {"url": url}
+    result = train(trainer_for(server), request_, external=external)
+    assert external == [("exp/1", f"{server.url}/api/experiments/exp%2F1")]
+    assert result.external_run_url == external[0][1]
+
+
+def test_the_servers_own_link_is_what_a_person_gets(server: H2OServer, request_: TrainingRequest) -> None:
+    external: list[tuple[str, str]] = []
+    server.extra = {"url": "https://h2o.internal/#/experiments/1"}
+    train(trainer_for(server), request_, external=external)
+    assert external == [("exp/1", "https://h2o.internal/#/experiments/1")]
+
+
+def test_a_key_in_an_experiments_own_words_is_not_repeated(server: H2OServer, request_: TrainingRequest) -> None:
+    server.outcome = {"status": "failed", "error": f"bad {KEY}", "log_tail": [f"curl -H 'Bearer {KEY}'"]}
+    with pytest.raises(TrainingError, match=r"(?s)bad \*\*\*.*Bearer \*\*\*"):
+        train(trainer_for(server), request_)
+
+
+def test_an_experiment_that_vanishes_leaves_its_last_words(server: H2OServer, request_: TrainingRequest) -> None:
+    server.extra = {"log_tail": "epoch 1 of 9"}
+
+    def vanish(handler: Handler) -> bool:
+        server.experiments.clear()
+        return False
+
+    server.faults["poll"] = [lambda handler: False, vanish]
+    with pytest.raises(TrainingError, match=r"(?s)no such experiment.*epoch 1 of 9.*vanished"):
+        train(trainer_for(server), request_)
+    assert server.struck == ["poll", "poll"]
+
+
+def lying(name: str) -> bytes:
+    """An archive in which one file is larger than the directory says."""
+    buffer = BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
+        for file, data in (adapter_files() | {name: bytes(3_000_000)}).items():
+            zipped.writestr(file, data)
+    content = buffer.getvalue()
+    true, told = (3_000_000).to_bytes(4, "little"), (30).to_bytes(4, "little")
+    assert content.count(true) == 2, "once beside the file, once in the directory"
+    content = content.replace(true, told)
+    with zipfile.ZipFile(BytesIO(content)) as zipped:
+        assert zipped.getinfo(name).file_size == 30
+    return content
+
+
+def test_a_file_larger_than_its_archive_says_fills_no_disk(server: H2OServer, request_: TrainingRequest) -> None:
+    server.archive = lying("adapter_model/training_log.jsonl")
+    with pytest.raises(FinetuneError, match=r"damaged|larger than announced"):
+        train(trainer_for(server), request_)
+    assert not request_.adapter_dir.exists()
+    assert sum(path.stat().st_size for path in request_.work_dir.rglob("*")) < 1_000_000
+
+
+@pytest.mark.parametrize("config", [b"[]", b"{", b"\xff", b"[" * 100_000])
+def test_a_configuration_that_is_none_is_refused(server: H2OServer, request_: TrainingRequest, config: bytes) -> None:
+    server.archive = archive(adapter_files() | {f"adapter_model/{CONFIG_NAME}": config})
+    with pytest.raises(TrainingError, match="configuration is no JSON"):
+        train(trainer_for(server), request_)
+    assert not request_.adapter_dir.exists()
+
+
+def test_a_training_log_that_is_none_costs_no_adapter(server: H2OServer, request_: TrainingRequest) -> None:
+    log = b"\xff\n[\n" + b"[" * 100_000 + b'\n{"step": 1, "loss": 2.5, "learning_rate": 0.1}\n'
+    server.archive = archive(adapter_files() | {"adapter_model/training_log.jsonl": log})
+    assert [point.loss for point in train(trainer_for(server), request_).loss_curve] == [2.5]
+
+
+def test_every_name_of_another_edition_is_a_setting(server: H2OServer, request_: TrainingRequest) -> None:
+    server.base = "v2"
+    server.names = {
+        "id": "uid",
+        "status": "state",
+        "queued": "WAITING",
+        "running": "BUSY",
+        "finished": "DONE",
+        "stopped": "ABORTED",
+        "step": "progress",
+        "total_steps": "length",
+        "metrics": "figures",
+        "loss": "train_loss",
+        "gpu_hours": "hours",
+        "sha256": "digest",
+        "idempotency_key": "client_token",
+        "experiments": "items",
+        "error": "reason",
+        "log_tail": "log",
+        "url": "link",
+    }
+    server.extra = {"url": "https://h2o.internal/1"}
+    names = server.names
+    protocol = Protocol(
+        datasets_route="/v2/datasets",
+        experiments_route="/v2/experiments",
+        experiment_route="/v2/experiments/{id}",
+        download_route="/v2/experiments/{id}/download",
+        cancel_route="/v2/experiments/{id}/cancel",
+        queued_statuses=["waiting"],
+        running_statuses=["busy"],
+        finished_statuses=["done"],
+        failed_statuses=["broken"],
+        stopped_statuses=["aborted"],
+        id_field=names["id"],
+        status_field=names["status"],
+        step_field=names["step"],
+        total_steps_field=names["total_steps"],
+        metrics_field=names["metrics"],
+        loss_metric=names["loss"],
+        gpu_hours_metric=names["gpu_hours"],
+        sha256_field=names["sha256"],
+        key_field=names["idempotency_key"],
+        list_field=names["experiments"],
+        error_field=names["error"],
+        log_field=names["log_tail"],
+        url_field=names["url"],
+    )
+    assert not {name for name, value in protocol if value == getattr(Protocol(), name)}, "each differs from its default"
+    trainer = H2OTrainer(api_url=server.url, api_key=KEY, timing=Timing(**FAST), protocol=protocol)
+    server.hold.clear()
+    with pytest.raises(RemoteError, match="took longer"):
+        train(trainer.model_copy(update={"timing": Timing(**{**FAST, "total": 0.1})}), request_)
+    assert trainer.cancel(request_.run_id, request_.work_dir)
+    assert server.experiments["exp/1"]["status"] == "stopped"
+    server.outcome = {"status": "failed", "error": "no memory", "log_tail": "CUDA"}
+    names["failed"] = "BROKEN"
+    server.hold.set()
+    with pytest.raises(TrainingError, match=r"(?s)failed.*no memory.*CUDA"):
+        train(trainer, request_)
+    server.outcome = {"status": "finished"}
+    external: list[tuple[str, str]] = []
+    events: list[ProgressEvent] = []
+    result = train(trainer, request_, events, external)
+    assert external == [("exp/3", "https://h2o.internal/1")]
+    assert (result.final_loss, result.gpu_hours, result.training_steps) == (0.5, 0.5, 4)
+    assert [event.total for event in events if event.stage == "remote training"] == [4] * 4
+    assert server.calls.count("unknown") == 0
+
+
+STREAMING = """
+import resource, sys
+from pathlib import Path
+from tests.resources.h2o_server import KEY
+from tests.resources.h2o_training import request_in
+from resources.h2o.protocol import Timing
+from resources.h2o_trainer import H2OTrainer
+request = request_in(Path(sys.argv[2]))
+with request.dataset.train_path.open("wb") as file:
+    for _ in range(50):
+        file.write(b"x" * 999_999 + b"\\n")
+trainer = H2OTrainer(api_url=sys.argv[1], api_key=KEY, timing=Timing(poll=0.01))
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+before = peak()
+told = []
+def note(event):
+    told.append((event.stage, peak()))
+trainer.train(request, on_progress=note, on_external_run=lambda run, url: None)
+print([at for stage, at in told if stage == "downloading the adapter"][-1] - before)
+"""
+
+
+def test_neither_upload_nor_download_is_held_in_memory(server: H2OServer, tmp_path: Path) -> None:
+    buffer = BytesIO(archive(adapter_files()))
+    with zipfile.ZipFile(buffer, "a") as zipped:
+        zipped.writestr("adapter_model/large.txt", bytes(50_000_000), zipfile.ZIP_STORED)
+    server.archive = buffer.getvalue()
+    done = subprocess.run(
+        [sys.executable, "-c", STREAMING, server.url, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert len(server.uploaded["ds-1"]) == 50_000_000
+    assert float(done.stdout) < 20, "MB more than before, with 50 MB each way"
