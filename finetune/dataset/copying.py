@@ -13,9 +13,10 @@ import orjson
 
 from finetune.dataset.index import FileIndex
 from finetune.dataset.reading import verified_blocks
+from finetune.hashed_file import HashedFile
 
 
-def copy_records(index: FileIndex, outputs: Sequence[tuple[npt.NDArray[np.bool_], BinaryIO]]) -> None:
+def copy_records(index: FileIndex, outputs: Sequence[tuple[npt.NDArray[np.bool_], HashedFile]]) -> None:
     """Write the chosen records of one file, each with a line feed, to their outputs; masked ones as they are now.
 
     Raises:
@@ -37,12 +38,12 @@ def copy_records(index: FileIndex, outputs: Sequence[tuple[npt.NDArray[np.bool_]
             here = np.flatnonzero(chosen[row:upto]) + row
             for part in _apart(here, altered):
                 if len(part) == 1 and int(part[0]) in masked:
-                    output.write(masked[int(part[0])] + b"\n")
+                    output.append(masked[int(part[0])] + b"\n")
                     continue
                 for start, end in _runs(starts[part] - base, ends[part] - base):
                     # Within JSON a carriage return can only be white space; many readers break lines there.
-                    output.write(buffer[start:end].replace(b"\r", b" "))
-                    output.write(b"\n")
+                    output.append(buffer[start:end].replace(b"\r", b" "))
+                    output.append(b"\n")
         row = upto
         unread = min(int(starts[row]), position) if row < len(starts) else position
         buffer, base = buffer[unread - base :], unread

@@ -30,6 +30,7 @@ from finetune.dataset.reading import Fingerprint, fingerprint_file
 from finetune.dataset.scan import RULES_VERSION, Limits
 from finetune.dataset.selection import select_records
 from finetune.errors import ArtifactError, DatasetError
+from finetune.hashed_file import HashedFile
 from finetune.layout import DataLayout
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest, sha256_json
@@ -154,7 +155,9 @@ def _publish(
             def output(name: str) -> BinaryIO:
                 return files.enter_context((staging.path / name).open("wb", buffering=1 << 20))
 
-            train, held, rejects = output("train.jsonl"), output("eval.jsonl"), output("rejects.jsonl")
+            train = files.enter_context(HashedFile(staging.path / "train.jsonl"))
+            held = files.enter_context(HashedFile(staging.path / "eval.jsonl"))
+            rejects = output("rejects.jsonl")
             findings = output("findings.jsonl") if parameters.sensitive_data != "off" else None
             if parameters.near_duplicates != "off":
                 _write_pairs(selection.near, RecordReader(indexes), output("near_duplicates.jsonl"))
@@ -181,6 +184,7 @@ def _publish(
                 described.append(_describe(index, counts))
                 done += index.fingerprint.size
                 on_progress(ProgressEvent("write", done, total, "bytes"))
+        staging.digests = {"train.jsonl": train.sha256, "eval.jsonl": held.sha256}
         dataset = PreparedDataset(
             path=target,
             date=date,

@@ -24,7 +24,7 @@ from finetune.dataset.rules import RejectedError, Turn, checked_turns
 from finetune.dataset.screening import Screened, Screener, Screening
 
 # Changes whenever the same bytes could give another result: kept indexes are then made anew.
-RULES_VERSION = 2
+RULES_VERSION = 1
 # A record: the hashes of its normalised content and prompt, its offset and its length in bytes.
 RECORD = Struct("<16sQQI")
 _ESCAPED_NUL = b"\\u0000"

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import BaseModelError, ExportError
 from finetune.export.adapter import LoraPair
-from finetune.export.hashed_file import PIECE, HashedFile
+from finetune.hashed_file import PIECE, HashedFile
 
 if TYPE_CHECKING:
     import torch

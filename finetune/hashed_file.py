@@ -16,6 +16,8 @@ _PIECES = 3
 class HashedFile:
     """Writes a new file piece by piece; use as a context manager, then read `sha256`.
 
+    A piece is a `buffer` that was filled and handed to `write`, or is gathered from what is handed to `append`.
+
     Args:
         path: the file, which is replaced.
     """
@@ -25,6 +27,8 @@ class HashedFile:
         self._digest = hashlib.sha256()
         self._buffers = deque(bytearray(PIECE) for _ in range(_PIECES))
         self._pending: deque[Future[None]] = deque()
+        self._gathered = memoryview(b"")
+        self._free = self._gathered
 
     def __enter__(self) -> HashedFile:
         self._stream = self._path.open("wb", buffering=0)
@@ -36,6 +40,7 @@ class HashedFile:
     ) -> None:
         try:
             if error is None:
+                self._write_gathered()
                 while self._pending:
                     self._pending.popleft().result()
         finally:
@@ -56,6 +61,27 @@ class HashedFile:
     def write(self, piece: memoryview) -> None:
         """Write a part of the last `buffer`, which must not be touched afterwards."""
         self._pending.append(self._thread.submit(self._write, piece))
+
+    def append(self, data: bytes) -> None:
+        """Write `data`, of any length, after all that came before.
+
+        Raises:
+            OSError: an earlier piece could not be written.
+        """
+        rest = memoryview(data)
+        while rest:
+            if not self._free:
+                self._write_gathered()
+                self._gathered = self._free = self.buffer()
+            size = min(len(rest), len(self._free))
+            self._free[:size] = rest[:size]
+            self._free, rest = self._free[size:], rest[size:]
+
+    def _write_gathered(self) -> None:
+        gathered = self._gathered[: len(self._gathered) - len(self._free)]
+        self._gathered = self._free = memoryview(b"")
+        if gathered:
+            self.write(gathered)
 
     def _write(self, piece: memoryview) -> None:
         self._digest.update(piece)
