@@ -21,7 +21,7 @@ _FORM = {
     "required": ["file", "sha256"],
     "properties": {
         "file": {"type": "string", "format": "binary", "description": "JSONL, one record a line."},
-        "sha256": {"type": "string", "description": "Of the file, in hexadecimal."},
+        "sha256": {"type": "string", "pattern": "^[0-9a-fA-F]{64}$", "description": "Of the file, in hexadecimal."},
         "name": {"type": "string"},
     },
 }
@@ -142,7 +142,12 @@ def cancel_experiment(row: Known, gateway: Works) -> Experiment:
     return gateway.shown(stopped)
 
 
-@api.get("/experiments/{experiment_id}/logs", response_class=PlainTextResponse, responses=_problems(404, 422))
+@api.get(
+    "/experiments/{experiment_id}/logs",
+    response_class=Response,
+    responses=_problems(404, 422)
+    | {200: {"content": {"text/plain": {"schema": {"type": "string"}}}, "description": "Lines of text"}},
+)
 def get_logs(row: Known, gateway: Works, lines: Annotated[int, Query(ge=1, le=10000)] = 1000) -> PlainTextResponse:
     """The last lines of the training's log, of its last MiB at most."""
     found = gateway.supervisor.attempt(row).log_lines(lines)

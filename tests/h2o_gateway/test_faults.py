@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.base_model.models import BaseModelRef
+from h2o_gateway.attempt import Attempt
+from h2o_gateway.models import ExperimentRequest
+from h2o_gateway.store import Store
+from tests.h2o_gateway.conftest import Launch
+from tests.h2o_gateway.process import KEY, MODEL, RECORDS, ROOT, GatewayProcess, is_alive, until
+
+
+def test_a_gateway_killed_in_mid_training_finds_the_training_again_and_sees_it_finish(launch: Launch) -> None:
+    gateway = launch()
+    identifier = gateway.create("wait", "the-key").json()["id"]
+    gateway.started(identifier)
+    [pid] = gateway.pids()
+    gateway.kill()
+    assert is_alive(pid), "the training died with the gateway"
+    gateway.start()
+    again = gateway.create("wait", "the-key")
+    assert (again.status_code, again.json()["id"], again.json()["status"]) == (200, identifier, "running")
+    (gateway.output(identifier) / "go").touch()
+    ended = gateway.wait(identifier, "finished", "failed")
+    assert (ended["status"], ended["attempt"]) == ("finished", 1)
+    assert gateway.http.get("/api/experiments").json()["total"] == 1
+    assert (len(gateway.starts(identifier)), gateway.pids()) == (1, [pid])
+
+
+def test_a_training_that_ends_while_no_gateway_looks_is_not_lost(launch: Launch) -> None:
+    gateway = launch()
+    good, bad = gateway.create("wait").json()["id"], gateway.create("fail").json()["id"]
+    gateway.started(good)
+    [pid] = gateway.pids()
+    gateway.kill()
+    (gateway.output(good) / "go").touch()
+    until(lambda: not is_alive(pid))
+    gateway.start()
+    assert gateway.wait(good, "finished", "failed")["status"] == "finished"
+    # The queue has outlived it as well.
+    assert gateway.wait(bad, "failed")["error"].endswith("80 GiB wanted")
+
+
+def test_a_gateway_killed_between_its_note_and_the_start_starts_the_training_once(
+    launch: Launch, tmp_path: Path
+) -> None:
+    gateway = launch()
+    gateway.upload()
+    gateway.kill()
+    store = Store(gateway.directory / "gateway.db", callbacks=False)
+    dataset = hashlib.sha256(RECORDS).hexdigest()
+    row, _ = store.create(ExperimentRequest(dataset_id=dataset, base_model=MODEL, name="quick"))
+    assert store.start_next("0")
+    assert not (gateway.directory / "experiments" / row.id).exists()
+    gateway.start()
+    assert gateway.wait(row.id, "finished", "failed")["status"] == "finished"
+    assert len(gateway.starts(row.id)) == 1
+
+
+def test_of_several_processes_that_would_train_in_one_place_one_does(launch: Launch) -> None:
+    gateway = launch()
+    identifier = gateway.create("wait").json()["id"]
+    gateway.started(identifier)
+    directory = gateway.output(identifier).parent
+    assert not Attempt(directory).take()
+    late = [subprocess.Popen([sys.executable, "-m", "h2o_gateway.start", directory], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(60) for process in late] == [0, 0]
+    (gateway.output(identifier) / "go").touch()
+    gateway.wait(identifier, "finished")
+    # Nor does one that comes when it is all over.
+    subprocess.run([sys.executable, "-m", "h2o_gateway.start", directory], cwd=ROOT, check=True)
+    assert len(gateway.starts(identifier)) == 1
+
+
+def test_a_training_that_is_killed_has_failed_and_the_next_one_gets_the_device(launch: Launch) -> None:
+    gateway = launch()
+    killed, waiting = (gateway.create("wait").json()["id"] for _ in range(2))
+    gateway.started(killed)
+    [pid] = gateway.pids()
+    os.kill(pid, signal.SIGKILL)
+    ended = gateway.wait(killed, "failed", "finished")
+    assert ended["status"] == "failed"
+    assert "has ended unfinished: the stub begins" in ended["error"]
+    assert "the stub begins" in ended["log_tail"]
+    gateway.started(waiting)
+
+
+def test_a_training_that_a_restarted_machine_has_interrupted_begins_anew(launch: Launch) -> None:
+    gateway = launch()
+    identifier = gateway.create("wait").json()["id"]
+    gateway.started(identifier)
+    [pid] = gateway.pids()
+    gateway.kill()
+    os.killpg(pid, signal.SIGKILL)
+    # What a reboot leaves: the record of a machine that is no more.
+    lock = gateway.output(identifier).parent / "train.lock"
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"machine": "another boot"}))
+    gateway.start()
+    until(lambda: len(gateway.starts(identifier)) == 2)
+    (gateway.output(identifier, attempt=2) / "go").touch()
+    ended = gateway.wait(identifier, "finished", "failed")
+    assert (ended["status"], ended["attempt"]) == ("finished", 2)
+
+
+def test_two_devices_train_two_experiments_at_once(launch: Launch) -> None:
+    gateway = launch(GPUS="3,5")
+    first, second, third = (gateway.create("wait").json()["id"] for _ in range(3))
+    assert [gateway.started(one)["device"] for one in (first, second)] == ["3", "5"]
+    assert gateway.experiment(third)["status"] == "queued"
+    (gateway.output(second) / "go").touch()
+    assert gateway.started(third)["device"] == "5"
+
+
+def test_a_second_gateway_on_the_same_data_is_refused(launch: Launch, tiny_model: BaseModelRef) -> None:
+    gateway = launch()
+    environment = os.environ | {f"H2O_GATEWAY_{name}": value for name, value in gateway.settings.items()}
+    second = subprocess.run(
+        [sys.executable, "-m", "h2o_gateway"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert second.returncode == 2
+    assert "another gateway works here" in second.stderr
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"API_KEY": "", "HOST": "0.0.0.0"}, "a gateway that others can reach needs a key [H2O_GATEWAY_API_KEY]"),
+        ({"WEBHOOK_URL": "http://x"}, "needs H2O_GATEWAY_WEBHOOK_SECRET"),
+        (
+            {"TRAIN_COMMAND": "python train.py"},
+            "H2O_GATEWAY_TRAIN_COMMAND: Value error, the command must hold {config}",
+        ),
+        ({"GPUS": "0,0"}, "H2O_GATEWAY_GPUS"),
+        ({"MODELS": "x=/no/such/place"}, "H2O_GATEWAY_MODELS"),
+    ],
+)
+def test_wrong_settings_are_one_clear_error(tmp_path: Path, settings: dict[str, str], said: str) -> None:
+    values = {"DATA_DIR": str(tmp_path), "API_KEY": KEY, **settings}
+    environment = os.environ | {f"H2O_GATEWAY_{name}": value for name, value in values.items()}
+    ended = subprocess.run(
+        [sys.executable, "-m", "h2o_gateway"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2
+    assert said in ended.stderr
+    assert len(ended.stderr.splitlines()) == 1
+
+
+class Receiver:
+    """Refuses callbacks with 503 until it is `ready`."""
+
+    def __init__(self) -> None:
+        self.taken: list[tuple[dict[str, str], bytes]] = []
+        self.refused = 0
+        self.ready = False
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                if outer.ready:
+                    outer.taken.append((dict(self.headers), body))
+                else:
+                    outer.refused += 1
+                self.send_response(204 if outer.ready else 503)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/hook"
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+
+
+@pytest.fixture
+def receiver() -> Iterator[Receiver]:
+    found = Receiver()
+    yield found
+    found.server.shutdown()
+    found.server.server_close()
+
+
+def test_a_webhook_is_told_of_every_change_in_order_signed_and_again_until_it_takes_it(
+    launch: Launch, receiver: Receiver
+) -> None:
+    gateway = launch(WEBHOOK_URL=receiver.url, WEBHOOK_SECRET="hook-secret")
+    identifier = gateway.create("wait").json()["id"]
+    gateway.started(identifier)
+    until(lambda: receiver.refused)
+    gateway.kill()
+    receiver.ready = True
+    gateway.start()
+    (gateway.output(identifier) / "go").touch()
+    until(lambda: len(receiver.taken) == 3)
+    events = [json.loads(body) for _, body in receiver.taken]
+    assert [event["experiment"] for event in events] == [
+        {"id": identifier, "status": status} for status in ("queued", "running", "finished")
+    ]
+    assert len({event["id"] for event in events}) == 3
+    for headers, body in receiver.taken:
+        signed = headers["X-Gateway-Timestamp"].encode() + b"." + body
+        expected = hmac.new(b"hook-secret", signed, hashlib.sha256).hexdigest()
+        assert headers["X-Gateway-Signature"] == f"sha256={expected}"
+        assert "Authorization" not in headers
+
+
+def test_without_a_key_one_is_made_for_this_machine_alone(tmp_path: Path, tiny_model: BaseModelRef) -> None:
+    gateway = GatewayProcess(tmp_path / "gateway", tiny_model.path, API_KEY="")
+    try:
+        path = tmp_path / "gateway" / "key"
+        assert path.stat().st_mode & 0o777 == 0o600
+        key = path.read_text().strip()
+        assert gateway.http.get("/api/experiments").status_code == 401
+        headers = {"Authorization": f"Bearer {key}"}
+        assert gateway.http.get("/api/experiments", headers=headers).status_code == 200
+    finally:
+        gateway.close()
+    assert key not in gateway.said()
