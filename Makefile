@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format dev bench-load bench-dataset bench-tokens bench-merge clean
+.PHONY: help setup demo test check format dev bench-load bench-dataset bench-tokens bench-merge bench-memory clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -55,6 +55,9 @@ bench-tokens: .venv/.installed ## Counting tokens beside `tokenizers`
 
 bench-merge: .venv/.installed ## Merging beside peft, and beside a plain copy
 	@$(BIN)/python benchmarks/merge/bench.py
+
+bench-memory: .venv/.installed ## Estimated memory beside published measurements, line by line
+	@$(BIN)/python -m benchmarks.memory.bench
 
 clean: ## Remove the virtual environment and caches; data stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

@@ -1,34 +1,43 @@
 """Peak memory of a training, by arithmetic from the model's shape.
 
-Sources: weights, gradients and optimizer states as in ZeRO (Rajbhandari et al. 2020, section 3); nf4
-with double quantization as in QLoRA (Dettmers et al. 2023, section 3: 4 bits and 0.127 bits of constants
-per parameter); activations counted tensor by tensor as in Korthikanti et al. 2022 (section 4), for
-today's gated layers, and without weight gradients for what is frozen.
+| part | bytes | source |
+| --- | --- | --- |
+| weights | parameters x width; 4.127 bits for each linear parameter in layers with qlora | QLoRA, section 3 |
+| adapter | trained parameters x 4 | PEFT keeps adapters in float32 |
+| gradients | trained parameters x their width | ZeRO (Rajbhandari et al. 2020), section 3 |
+| optimizer | trained parameters x states x their width | ZeRO, section 3; 8-bit: Dettmers et al. 2022 |
+| activations | what backward needs of all layers; with checkpointing each layer's input and one whole layer | \
+`finetune.planning.activations`; checkpointing: Chen et al. 2016 |
+| logits | tile by tile, or whole: logits, log-softmax, gradients | the trainer's own code |
+| overhead | CUDA context, and a share that the caching allocator holds without using it | calibrated |
+
+What a layer needs while it is differentiated and what the loss needs are never there at the same time: the
+larger one counts. The gradients of full fine-tuning appear as activations go, unless they accumulate.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+from finetune.planning.activations import layer_bytes_per_token
+from finetune.planning.framework import TRL, Framework
 from finetune.planning.model_config import ModelShape
 from finetune.planning.models import MemoryEstimate, TrialConfig
 
 _GB = 1e9
-_NF4_BYTES = (4 + 0.127) / 8
-# Bytes of optimizer state per trained parameter.
-_OPTIMIZER_BYTES = {
-    "adamw_torch": 8.0,
-    "adamw_torch_fused": 8.0,
-    "adamw_8bit": 2.0,
-    "paged_adamw_8bit": 2.0,
-    "sgd": 0.0,
-    "adafactor": 0.1,
+_QUANTIZATION_BLOCK_BITS = 8
+# Optimizer states per trained parameter and bytes of each, None for the parameter's own.
+_OPTIMIZERS: dict[str, tuple[float, int | None]] = {
+    "adamw_torch": (2, None),
+    "adamw_torch_fused": (2, None),
+    "adamw_8bit": (2, 1),
+    "paged_adamw_8bit": (2, 1),
+    "sgd": (0, None),
+    # Row and column sums in place of a matrix (Shazeer & Stern 2018).
+    "adafactor": (0.025, 4),
 }
-# What a CUDA context takes before the first tensor, and the share that the caching allocator wastes.
-_CUDA_CONTEXT_GB = 0.6
 # The tiles in which TRL projects hidden states to logits.
 _TILE_TOKENS, _TILE_VOCABULARY = 4096, 8192
-_FRAGMENTATION = 0.05
 
 
 def trainable_parameters(shape: ModelShape, trial: TrialConfig) -> int:
@@ -62,7 +71,7 @@ def estimate_memory(
     *,
     device: Literal["cpu", "cuda"] = "cuda",
     limit_gb: float | None = None,
-    whole_logits: bool = False,
+    framework: Framework = TRL,
 ) -> MemoryEstimate:
     """Peak memory in GB (10^9 bytes) of training `shape` as `trial` says.
 
@@ -71,88 +80,97 @@ def estimate_memory(
         trial: method, micro-batch, length, precision and all else that takes memory.
         device: a GPU also holds a CUDA context, and its allocator wastes some.
         limit_gb: the memory that is there, for `fits`.
-        whole_logits: for engines that make all logits at once; TRL's `SFTTrainer` does not.
+        framework: whose training it is.
 
     Raises:
         ConfigurationError: `target_modules` names a module that the model lacks.
     """
     width = 2 if trial.precision == "bf16" else 4
     trained = trainable_parameters(shape, trial)
-    weights = float(shape.parameters * width)
-    if trial.method == "qlora":
-        weights -= shape.linear_parameters * (width - _NF4_BYTES)
+    trained_width = width if trial.method == "full" else framework.adapter_bytes
+    weights = _weight_bytes(shape, trial, framework, width)
+    weights *= 1 / framework.shards + (1 if framework.gathers_frozen else 0)
+    kept, loss, backward = _passing_bytes(shape, trial, framework, width, device)
+    activations, logits = kept + backward, max(0.0, loss - backward)
+    if trial.method != "full" and trained_width > width:
+        # Adapters in float32 are cast for 16-bit work, once a pass.
+        activations += trained * width
+    gradients = _gradient_bytes(shape, trial, framework, trained, trained_width, activations + logits)
+    states, state_width = _OPTIMIZERS.get(trial.optimizer, (2, None))
     parts = {
-        "weights": weights / _GB,
-        # Adapters are kept and trained in float32, whatever the base model's precision.
-        "adapter": 0.0 if trial.method == "full" else trained * 4 / _GB,
-        "gradients": trained * (width if trial.method == "full" else 4) / _GB,
-        "optimizer": trained * _OPTIMIZER_BYTES.get(trial.optimizer, 8.0) / _GB,
-        "activations": _activation_bytes(shape, trial, width) / _GB,
-        "logits": _logit_bytes(shape, trial, width, whole_logits) / _GB,
+        "weights": weights,
+        "adapter": 0.0 if trial.method == "full" else trained * trained_width / framework.shards,
+        "gradients": gradients / framework.shards,
+        "optimizer": trained * states * (state_width or trained_width) / framework.shards,
+        "activations": activations,
+        "logits": logits,
     }
-    parts["overhead"] = _CUDA_CONTEXT_GB + _FRAGMENTATION * sum(parts.values()) if device == "cuda" else 0.0
+    parts["overhead"] = 0.0
+    if device == "cuda":
+        parts["overhead"] = framework.context_gb * _GB + framework.fragmentation * sum(parts.values())
     total = sum(parts.values())
     return MemoryEstimate(
-        vram_gb=round(total, 6),
-        fits=None if limit_gb is None else total <= limit_gb,
+        vram_gb=round(total / _GB, 6),
+        fits=None if limit_gb is None else total <= limit_gb * _GB,
         limit_gb=limit_gb,
         model_params=shape.parameters,
         trainable_params=trained,
-        parts={name: round(value, 6) for name, value in parts.items()},
+        parts={name: round(value / _GB, 6) for name, value in parts.items()},
     )
 
 
-def _activation_bytes(shape: ModelShape, trial: TrialConfig, width: int) -> float:
-    """What forward keeps for backward: in one layer while checkpointing, else in all of them."""
+def _weight_bytes(shape: ModelShape, trial: TrialConfig, framework: Framework, width: int) -> float:
+    head = shape.head_parameters or (shape.embedding_parameters if framework.own_head else 0)
+    parameters = shape.parameters - shape.head_parameters + head
+    quantized = shape.linear_parameters + (head if framework.quantizes_head else 0)
+    if not framework.quantizes(trial):
+        quantized = 0
+    return parameters * width - quantized * (width - framework.nf4_bits / _QUANTIZATION_BLOCK_BITS)
+
+
+def _passing_bytes(
+    shape: ModelShape, trial: TrialConfig, framework: Framework, width: int, device: Literal["cpu", "cuda"]
+) -> tuple[float, float, float]:
+    """What is kept from forward to backward, what the loss needs beside it, what a layer's backward needs."""
     tokens = trial.micro_batch * trial.max_length
-    layer = float(tokens * _layer_bytes_per_token(shape, trial, width))
+    layer = tokens * layer_bytes_per_token(shape, trial, framework, width=width, device=device)
+    # Gradients of a layer's feed-forward part, and of its norms in float32.
+    backward = float(tokens * (3 * shape.intermediate * width + 8 * shape.hidden))
+    loss = _logit_bytes(shape, trial, framework, width)
+    if framework.quantizes(trial):
+        # One module's weights at a time are unpacked from 4 bits.
+        backward += max(linear.parameters for linear in shape.linears) * width
+        loss += shape.embedding_parameters * width if framework.quantizes_head else 0
+    if framework.shards > 1 and not framework.gathers_frozen:
+        # The whole layer that is at work, and the next one on its way.
+        backward += 2 * (shape.linear_parameters / shape.layers) * (0.5 if trial.method == "qlora" else width)
     if trial.gradient_checkpointing:
-        return shape.layers * tokens * shape.hidden * width + layer
-    # One module's weights at a time are unpacked from 4 bits.
-    unpacked = max(linear.parameters for linear in shape.linears) * width if trial.method == "qlora" else 0
-    return shape.layers * layer + unpacked
-
-
-def _layer_bytes_per_token(shape: ModelShape, trial: TrialConfig, width: int) -> float:
-    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    # RMS norms work in float32 and keep their input and its normalized copy; layer norms keep their input.
-    norms = shape.other_per_layer // (shape.hidden if shape.gated else 2 * shape.hidden)
-    kept = norms * shape.hidden * (8 if shape.gated else width)
-    # Query, key, value and output.
-    kept += (2 * q + 2 * kv) * width
-    if trial.attention == "eager":
-        # Scores before and after softmax, which works in float32.
-        kept += shape.heads * trial.max_length * (2 * width + 4)
-    # Both halves of a gated feed-forward part and the activated one; else the input of the activation.
-    kept += (3 if shape.gated else 1) * shape.intermediate * width
-    if trial.method == "qlora":
-        # Published peaks agree with two copies of each 4-bit module's input (query, key and value share
-        # theirs), whether an adapter needs it or not.
-        kept += 2 * width * sum(linear.inputs for linear in shape.linears if linear.name not in ("k_proj", "v_proj"))
-    return kept + _kept_for_weight_gradients(shape, trial, width)
-
-
-def _kept_for_weight_gradients(shape: ModelShape, trial: TrialConfig, width: int) -> float:
-    """Inputs of modules whose weights are trained: frozen modules need none to pass gradients on."""
-    if trial.method not in ("lora", "qlora", "full"):
-        return 0.0
-    targets = shape.targets("all-linear" if trial.method == "full" else trial.target_modules)
-    if trial.method != "full" and trial.lora_dropout > 0:
-        # Each adapter drops its own copy, and remembers with one byte what it dropped.
-        inputs = sum(linear.inputs * (width + 1) for linear in targets)
+        # What is offloaded is there twice: one layer's input at work, the next one on its way.
+        inputs = 2 if framework.offloads_checkpoints else shape.layers
+        kept, backward = float(inputs * tokens * shape.hidden * width), backward + layer
     else:
-        # Attention's input is shared by query, key and value; the feed-forward input by its halves.
-        inputs = width * sum(
-            {(linear.inputs, linear.outputs == shape.hidden): linear.inputs for linear in targets}.values()
-        )
-    return inputs + (0 if trial.method == "full" else trial.lora_rank * len(targets) * width)
+        kept = shape.layers * layer
+    if trial.method == "prefix":
+        kept += shape.layers * trial.micro_batch * trial.virtual_tokens * 2 * shape.heads * shape.head_dim * width
+    return kept, loss, backward
 
 
-def _logit_bytes(shape: ModelShape, trial: TrialConfig, width: int, whole_logits: bool) -> float:
+def _logit_bytes(shape: ModelShape, trial: TrialConfig, framework: Framework, width: int) -> float:
     tokens = trial.micro_batch * trial.max_length
-    if whole_logits:
-        # The logits, their float32 log-softmax, and the gradient while it is cast back.
-        return float(tokens * shape.vocab * (4 + 4 + (width if width < 4 else 4)))
+    if framework.logit_bytes:
+        return float(tokens * shape.vocab * framework.logit_bytes)
     # TRL projects tile by tile and keeps the gradient of the hidden states in float32.
     tile = min(tokens, _TILE_TOKENS) * min(shape.vocab, _TILE_VOCABULARY)
     return float(tile * (width + 4) + tokens * shape.hidden * 4)
+
+
+def _gradient_bytes(
+    shape: ModelShape, trial: TrialConfig, framework: Framework, trained: int, width: int, passing: float
+) -> float:
+    if trial.method != "full":
+        return trained * width
+    if framework.optimizer_in_backward:
+        return max(shape.embedding_parameters, *(linear.parameters for linear in shape.linears)) * width
+    if trial.accumulation > 1:
+        return trained * width
+    return max(0.0, trained * width - passing)

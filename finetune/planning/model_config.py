@@ -14,6 +14,10 @@ from typing import Any, Literal
 from finetune.chat.template import read_json_object
 from finetune.errors import BaseModelError, ConfigurationError
 
+NormKind = Literal["rms", "layer"]
+# transformers (version 5) composes this one in Python; its other activations are single operations.
+_COMPOSED_ACTIVATIONS = ("gelu_new",)
+
 
 @dataclass(frozen=True)
 class Linear:
@@ -36,7 +40,10 @@ class ModelShape:
 
     `linears` are those of one layer; ``other_per_layer`` are norms; `head_parameters` is 0 when the
     output head shares the embedding. `ia3_modules` are the modules that (IA)^3 scales, the last of them
-    feed-forward (its inputs are scaled).
+    feed-forward (its inputs are scaled). `hidden_norms` counts the normalized inputs of hidden width in a
+    layer (two norms may share one). A `composed_activation` is made of several plain operations and keeps
+    what each was given. `softcapped` attention bounds its scores by a tanh. Attention is not `fusable`
+    where one key head serves all query heads unrepeated: PyTorch's fused kernels want as many.
     """
 
     model_type: str
@@ -55,6 +62,12 @@ class ModelShape:
     head_parameters: int
     final_norm: int
     ia3_modules: tuple[str, ...]
+    norms: NormKind
+    hidden_norms: int
+    qk_norm: bool
+    composed_activation: bool
+    softcapped: bool
+    fusable: bool
 
     @property
     def linear_parameters(self) -> int:
@@ -132,7 +145,11 @@ class _Reader:
         gated: bool = True,
         tied: bool = False,
         head_bias: bool = False,
-        norm_bias: bool = False,
+        norms: NormKind = "rms",
+        hidden_norms: int = 2,
+        qk_norm: bool = False,
+        activation: str = "silu",
+        fusable: bool = True,
     ) -> ModelShape:
         hidden, vocab = self.size("hidden_size"), self.size("vocab_size")
         head = 0 if self.flag("tie_word_embeddings", tied) else vocab * hidden
@@ -151,8 +168,15 @@ class _Reader:
             other_per_layer=other_per_layer,
             embedding_parameters=vocab * hidden,
             head_parameters=head + (vocab if head_bias else 0),
-            final_norm=hidden * (2 if norm_bias else 1),
+            # Layer norms have biases.
+            final_norm=hidden * (2 if norms == "layer" else 1),
             ia3_modules=ia3_modules,
+            norms=norms,
+            hidden_norms=hidden_norms,
+            qk_norm=qk_norm,
+            composed_activation=(self.config.get("hidden_act") or activation) in _COMPOSED_ACTIVATIONS,
+            fusable=fusable,
+            softcapped=self.config.get("attn_logit_softcapping") is not None,
         )
 
 
@@ -200,6 +224,8 @@ def _llama_like(
         intermediate=intermediate,
         ia3_modules=("qkv_proj", "down_proj") if fused else ("k_proj", "v_proj", "down_proj"),
         tied=tied,
+        hidden_norms=norms,
+        qk_norm=qk_norm,
     )
 
 
@@ -224,7 +250,10 @@ def _phi(reader: _Reader) -> ModelShape:
         ia3_modules=("k_proj", "v_proj", "fc2"),
         gated=False,
         head_bias=True,
-        norm_bias=True,
+        norms="layer",
+        hidden_norms=1,
+        qk_norm=reader.flag("qk_layernorm", False),
+        activation="gelu_new",
     )
 
 
@@ -246,7 +275,8 @@ def _gpt_neox(reader: _Reader) -> ModelShape:
         intermediate=intermediate,
         ia3_modules=("query_key_value", "dense_4h_to_h"),
         gated=False,
-        norm_bias=True,
+        norms="layer",
+        hidden_norms=1 if reader.flag("use_parallel_residual", True) else 2,
     )
 
 
@@ -274,7 +304,9 @@ def _falcon(reader: _Reader) -> ModelShape:
         ia3_modules=("query_key_value", "dense_4h_to_h"),
         gated=False,
         tied=True,
-        norm_bias=True,
+        norms="layer",
+        hidden_norms=1 if reader.flag("parallel_attn", True) else 2,
+        fusable=new or kv_heads == heads,
     )
 
 
