@@ -2,6 +2,7 @@
 
 import dagster as dg
 
+from finetune.adapter_files import non_finite_tensors
 from finetune.dataset.inspect import count_lines, held_out_prompts, leaked_prompts
 from finetune.dataset.models import PreparedDataset
 from finetune.errors import FinetuneError
@@ -70,8 +71,6 @@ def no_prompt_on_both_sides(merged_dataset: PreparedDataset) -> dg.AssetCheckRes
 @dg.asset_check(asset=key("adapter"), partitions_def=dataset_dates, blocking=True)
 def adapter_whole_and_finite(adapter: TrainingResult, store: ArtifactStore) -> dg.AssetCheckResult:
     """The adapter's files are as the manifest says, and every weight is a number."""
-    from finetune.training.inspect import non_finite_tensors
-
     directory = store.layout.adapter(adapter.run_id)
     try:
         read_manifest(directory, kind="adapter", verify="hashes")

@@ -102,6 +102,6 @@ def _loss_curve(path: Path) -> list[LossPoint]:
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             points.append(LossPoint.model_validate(json.loads(line)))
-        except (ValueError, ValidationError):
+        except (ValueError, ValidationError, RecursionError):
             continue
     return points

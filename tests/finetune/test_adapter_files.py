@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from finetune.adapter_files import WEIGHTS_NAME, adapter_hash
+from finetune.adapter_files import WEIGHTS_NAME, adapter_hash, non_finite_tensors
 from finetune.errors import ArtifactError
 
 
@@ -57,3 +58,38 @@ def test_weights_that_end_too_early_are_named(size: int, tmp_path: Path) -> None
     weights.write_bytes(weights.read_bytes()[:size])
     with pytest.raises(ArtifactError, match=r"damaged.*adapter_model\.safetensors"):
         adapter_hash(adapter)
+
+
+def test_tensors_with_a_value_that_is_no_number_are_named_for_every_type(tmp_path: Path) -> None:
+    import torch
+
+    types = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    good = {
+        f"good {kind}": torch.tensor([0.0, torch.finfo(kind).max, torch.finfo(kind).tiny], dtype=kind) for kind in types
+    }
+    assert non_finite_tensors(write_adapter(tmp_path / "good", good | {"int": torch.arange(3)})) == []
+    # The last of more values than are read at once.
+    large = torch.zeros(3_000_001, dtype=torch.bfloat16)
+    large[-1] = float("nan")
+    bad = {"large": large} | {
+        f"{name} {kind}": torch.tensor([1.0, float(name)], dtype=kind)
+        for kind in types
+        for name in ("nan", "inf", "-inf")
+    }
+    assert non_finite_tensors(write_adapter(tmp_path / "bad", good | bad)) == sorted(bad)
+
+
+@pytest.mark.parametrize(
+    ("header", "told"),
+    [
+        (b'{"a": {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}}', "unknown type F8_E4M3"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 3]}}', "cannot be read: buffer size"),
+        (b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]}}', "damaged: the tensor a ends before"),
+        (b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 36]}}', "damaged: it ends within"),
+        (b"[" * 100_000, "damaged"),
+    ],
+)
+def test_weights_that_cannot_be_looked_at_are_an_error(tmp_path: Path, header: bytes, told: str) -> None:
+    (tmp_path / WEIGHTS_NAME).write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    with pytest.raises(ArtifactError, match=told):
+        non_finite_tensors(tmp_path)

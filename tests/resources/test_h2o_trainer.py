@@ -1,7 +1,6 @@
 import json
 import logging
 import os
-import signal
 import ssl
 import stat
 import subprocess
@@ -38,7 +37,7 @@ from tests.resources.h2o_server import (
     says,
     truncates,
 )
-from tests.resources.h2o_training import FAST, request_in, train, trainer_for
+from tests.resources.h2o_training import FAST, train, trainer_for
 
 
 def test_a_training_goes_to_the_server_and_comes_back_as_an_adapter_like_a_local_one(
@@ -545,50 +544,6 @@ def test_peft_loads_what_arrived_and_computes_the_same(
 def test_no_training_library_is_loaded(server: H2OServer, tmp_path: Path) -> None:
     assert start_client(server, tmp_path).wait(60) == 0
     assert is_complete(tmp_path / "adapters" / "20260101-abc")
-
-
-@pytest.mark.parametrize("stage", ["before-upload", "after-upload", "after-creation", "polling", "downloading"])
-def test_a_client_that_is_killed_at_any_stage_and_started_again_makes_one_experiment(
-    server: H2OServer, tmp_path: Path, stage: str
-) -> None:
-    reached, killed = threading.Event(), threading.Event()
-
-    def stop(handler: h2o_server.Handler) -> bool:
-        reached.set()
-        killed.wait(60)
-        return resets(handler)
-
-    def stop_after_the_deed(handler: h2o_server.Handler) -> bool:
-        handler.mute = True
-        (handler.upload if stage == "after-upload" else handler.create)()
-        reached.set()
-        killed.wait(60)
-        return True
-
-    def stop_half_way(handler: h2o_server.Handler) -> bool:
-        handler.half = True
-        handler.download("exp%2F1")
-        server.faults["download"].insert(0, stop)
-        return True
-
-    call, fault = {
-        "before-upload": ("upload", stop),
-        "after-upload": ("upload", stop_after_the_deed),
-        "after-creation": ("create", stop_after_the_deed),
-        "polling": ("poll", stop),
-        "downloading": ("download", stop_half_way),
-    }[stage]
-    server.faults[call] = [fault]
-    client = start_client(server, tmp_path)
-    assert reached.wait(60)
-    client.send_signal(signal.SIGKILL)
-    assert client.wait() == -signal.SIGKILL
-    killed.set()
-    assert train(trainer_for(server), request_in(tmp_path)).status == "completed"
-    assert (len(server.experiments), len(server.datasets)) == (1, 1)
-    assert is_complete(tmp_path / "adapters" / "20260101-abc")
-    if stage == "downloading":
-        assert server.range_headers[-1] == f"bytes={len(server.archive) // 2}-"
 
 
 @pytest.fixture
