@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ArtifactError, ExportError
 from finetune.export.chat_format import read_chat_format
+from finetune.export.gguf_facts import read_gguf_facts
 from finetune.export.model_yaml import model_yaml
 from finetune.export.modelfile import MAX_CONTEXT
 from finetune.export.models import GgufExport, LmStudioExport
@@ -85,46 +86,6 @@ def _link_or_copy(source: Path, target: Path) -> None:
     except OSError:
         # Another file system, or one without hard links.
         shutil.copyfile(source, target)
-
-
-def read_gguf_facts(path: Path) -> dict[str, Any]:
-    """What a GGUF file says of itself: architecture, sizes, context, tokenizer, name.
-
-    Raises:
-        ExportError: not a GGUF file.
-    """
-    from gguf import GGUFReader, LlamaFileType
-
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, OSError) as error:
-        raise ExportError(f"not a whole GGUF file: {error}", where=path, remedy="Make the gguf asset again") from error
-
-    def value(key: str) -> Any:
-        field = reader.fields.get(key)
-        return None if field is None else field.contents()
-
-    architecture = value("general.architecture")
-    file_type = value("general.file_type")
-    return {
-        "name": value("general.name"),
-        "version": value("general.version"),
-        "size_label": value("general.size_label"),
-        "licence": value("general.license"),
-        "base_model": value("general.base_model.0.name"),
-        "dataset": value("general.dataset.0.version"),
-        "architecture": architecture,
-        "file_type": None if file_type is None else LlamaFileType(file_type).name,
-        "parameters": sum(int(tensor.n_elements) for tensor in reader.tensors),
-        "tensors": len(reader.tensors),
-        "context_length": value(f"{architecture}.context_length"),
-        "embedding_length": value(f"{architecture}.embedding_length"),
-        "block_count": value(f"{architecture}.block_count"),
-        "vocabulary": len(reader.fields["tokenizer.ggml.tokens"].data),
-        "tokenizer": value("tokenizer.ggml.model"),
-        "pre_tokenizer": value("tokenizer.ggml.pre"),
-        "chat_template": value("tokenizer.chat_template") is not None,
-    }
 
 
 def _config(gguf: GgufExport, base_model: BaseModelRef, run_id: str, relative: Path) -> dict[str, Any]:

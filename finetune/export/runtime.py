@@ -6,11 +6,12 @@ import importlib.util
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -35,33 +36,64 @@ def _threads(model: Path) -> int:
     return 1 if small else os.cpu_count() or 1
 
 
+def _refuse_taken_port(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ConfigurationError(
+            f"cannot listen there: {error.strerror}", where=f"{host}:{port}", remedy="Choose another port, or 0 for any"
+        ) from error
+
+
 class GgufRuntime:
     """Loads a GGUF file, optionally with a GGUF LoRA adapter, and answers greedily.
 
     llama.cpp runs in a child process: a damaged file makes it abort, which must not take the caller
-    along. It listens on the loopback interface only and ends with the block, or with its parent.
+    along. By default it listens on the loopback interface only. It ends with the block, or with its parent.
 
     Args:
         model: the GGUF file.
         adapter: a GGUF LoRA adapter to put on top of it.
         context: room for prompt and answer, in tokens.
+        host: address to listen on.
+        port: port to listen on, 0 for any.
+        exact: compute with the precision that comparisons need; else as servers do, with llama.cpp's page for
+            browsers.
+
+    Attributes:
+        address: the server's URL, within the block.
     """
 
-    def __init__(self, model: Path, adapter: Path | None = None, *, context: int = 2048) -> None:
+    address: str
+
+    def __init__(
+        self,
+        model: Path,
+        adapter: Path | None = None,
+        *,
+        context: int = 2048,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        exact: bool = True,
+    ) -> None:
         self.model = model
         self.adapter = adapter
+        self._host, self._port = host, port
         self._request = {
             "model": str(model),
             "adapter": str(adapter) if adapter else None,
             "context": context,
             "threads": _threads(model),
+            "host": host,
+            "port": port,
+            "exact": exact,
         }
 
     def __enter__(self) -> GgufRuntime:
         """Start the child process and load the files.
 
         Raises:
-            ConfigurationError: xllamacpp is not installed.
+            ConfigurationError: xllamacpp is not installed, or the port is taken.
             ExportError: the runtime cannot load the model or the adapter.
         """
         if importlib.util.find_spec("xllamacpp") is None:
@@ -73,6 +105,8 @@ class GgufRuntime:
         for path in filter(None, (self.model, self.adapter)):
             if not path.is_file():
                 raise ExportError("no GGUF file here", where=path, remedy=_REMEDY)
+        if self._port:
+            _refuse_taken_port(self._host, self._port)
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(_WORKER)],
@@ -82,7 +116,8 @@ class GgufRuntime:
             text=True,
         )
         try:
-            self._client = httpx.Client(base_url=self._start(), timeout=_ANSWER_TIMEOUT, trust_env=False)
+            self.address = self._start()
+            self._client = httpx.Client(base_url=self.address, timeout=_ANSWER_TIMEOUT, trust_env=False)
         except BaseException:
             self._end()
             raise
@@ -105,6 +140,20 @@ class GgufRuntime:
         if "address" in answer:
             return str(answer["address"])
         raise self._failure("llama.cpp cannot load the file")
+
+    @property
+    def alive(self) -> bool:
+        """Whether llama.cpp still runs."""
+        return self._process.poll() is None
+
+    def wait(self) -> None:
+        """Serve until llama.cpp ends by itself.
+
+        Raises:
+            ExportError: it ended.
+        """
+        self._process.wait()
+        raise self._failure("llama.cpp ended")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -160,17 +209,44 @@ class GgufRuntime:
         answer = self._post("/v1/chat/completions", body | {"cache_prompt": False})
         return str(answer["choices"][0]["message"]["content"] or "")
 
+    def stream_chat(self, messages: Sequence[Message], *, max_tokens: int, temperature: float) -> Iterator[str]:
+        """The answer to a conversation, piece by piece, through the chat template in the GGUF file.
+
+        Raises:
+            ExportError: the conversation does not fit the context, or llama.cpp died.
+        """
+        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": temperature, "stream": True}
+        path = "/v1/chat/completions"
+        try:
+            with self._client.stream("POST", path, json=body) as response:
+                if response.is_error:
+                    response.read()
+                response.raise_for_status()
+                # Server-sent events: "data: {...}" lines, the last one "data: [DONE]".
+                for line in response.iter_lines():
+                    if line.startswith("data: {"):
+                        event = json.loads(line.removeprefix("data: "))
+                        if "error" in event:
+                            raise ExportError(f"llama.cpp breaks off: {event['error']}", where=self.model)
+                        for choice in event.get("choices", []):
+                            yield choice["delta"].get("content") or ""
+        except httpx.HTTPStatusError as error:
+            raise self._refusal(path, error.response) from error
+        except httpx.TransportError as error:
+            raise self._failure(f"llama.cpp died while answering ({error})") from error
+
     def _post(self, path: str, body: Mapping[str, Any]) -> Any:
         try:
             response = self._client.post(path, json=body)
             response.raise_for_status()
             return response.json()
         except httpx.HTTPStatusError as error:
-            raise ExportError(
-                f"llama.cpp refuses {path}: {error.response.text[:300]}", where=self.model, remedy=_REMEDY
-            ) from error
+            raise self._refusal(path, error.response) from error
         except httpx.TransportError as error:
             raise self._failure(f"llama.cpp died while answering ({error})") from error
+
+    def _refusal(self, path: str, response: httpx.Response) -> ExportError:
+        return ExportError(f"llama.cpp refuses {path}: {response.text[:300]}", where=self.model, remedy=_REMEDY)
 
     def _failure(self, what: str) -> ExportError:
         self._log.seek(0)

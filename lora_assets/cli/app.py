@@ -9,7 +9,7 @@ import warnings
 import typer
 from dagster_shared.utils.warnings import PreviewWarning
 
-from lora_assets.cli import deletions, demo, registry, run, samples, show, tools
+from lora_assets.cli import deletions, demo, registry, run, samples, serve, show, tools
 
 app = typer.Typer(
     name="lora-assets",
@@ -32,6 +32,8 @@ app.command(epilog="Example: lora-assets plan --base-model llama3-8b --vram-limi
 app.command(epilog="Example: lora-assets train --base-model llama3-8b --dataset train.jsonl --output a")(tools.train)
 app.command(epilog="Example: lora-assets evaluate --adapter A --dataset eval.jsonl --output report")(tools.evaluate)
 app.command(epilog="Example: lora-assets merge --base-model llama3-8b --adapter A --output merged")(tools.merge)
+
+app.command(epilog="Example: lora-assets serve --gguf merged-Q4_K_M.gguf --port 8080")(serve.serve)
 
 
 def main() -> None:
