@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format dev bench-load bench-dataset bench-tokens bench-merge bench-memory clean
+.PHONY: help setup demo test check format dev bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ bench-dataset: .venv/.installed ## Dataset preparation beside other tools, on sy
 
 bench-tokens: .venv/.installed ## Counting tokens beside `tokenizers`
 	@$(BIN)/python benchmarks/dataset/tokens.py
+
+bench-evaluation: .venv/.installed ## Evaluating base and adapter beside two runs of the trainer
+	@$(BIN)/python benchmarks/evaluation/bench.py
 
 bench-merge: .venv/.installed ## Merging beside peft, and beside a plain copy
 	@$(BIN)/python benchmarks/merge/bench.py
