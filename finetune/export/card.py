@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
-from finetune.base_model.licence import read_licence
+from finetune.base_model.card import base_model_line, read_licence
 from finetune.export.serving import vllm_merged_command
 
 if TYPE_CHECKING:
@@ -16,9 +15,7 @@ def merged_card(base_model: BaseModelRef, run_id: str) -> str:
     """What the merged model is and how it is served; llama.cpp's converter takes the licence from here."""
     revision = f" (revision `{base_model.revision}`)" if base_model.revision else ""
     return f"""---
-base_model: {json.dumps(base_model.name)}
-base_model_relation: finetune
-library_name: transformers
+{base_model_line(base_model.name)}library_name: transformers
 pipeline_tag: text-generation
 license: {read_licence(base_model.path)}
 tags:

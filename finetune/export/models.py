@@ -92,6 +92,20 @@ class MergedGguf(BaseModel):
     reused: bool = False
 
 
+class HubPush(BaseModel):
+    """What a repository on the hub holds since a push; `unchanged` if it held it before."""
+
+    model_config = ConfigDict(frozen=True)
+
+    repo: str
+    url: str
+    commit: str
+    private: bool
+    files: list[str]
+    size: int
+    unchanged: bool
+
+
 class OllamaExport(BaseModel):
     """``Modelfile`` (base + adapter) and ``Modelfile.merged``."""
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from finetune.base_model.licence import read_licence
+from finetune.base_model.card import base_model_line, read_licence
 from finetune.export.serving import vllm_adapter_command, vllm_refusal
 from finetune.training.models import TrainingRequest, TrainingResult
 
@@ -24,8 +24,7 @@ def model_card(request: TrainingRequest, result: TrainingResult, config: Mapping
     parameters = "\n".join(f"| {name} | {_shown(value)} |" for name, value in trial.model_dump().items())
     final_loss = "-" if result.final_loss is None else f"{result.final_loss:.4f}"
     return f"""---
-base_model: {json.dumps(request.base_model.name)}
-library_name: peft
+{base_model_line(request.base_model.name)}library_name: peft
 pipeline_tag: text-generation
 license: {read_licence(request.base_model.path)}
 tags:

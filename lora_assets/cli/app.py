@@ -9,7 +9,7 @@ import warnings
 import typer
 from dagster_shared.utils.warnings import PreviewWarning
 
-from lora_assets.cli import deletions, demo, registry, run, samples, serve, show, tools
+from lora_assets.cli import deletions, demo, push, registry, run, samples, serve, show, tools
 
 app = typer.Typer(
     name="lora-assets",
@@ -34,6 +34,7 @@ app.command(epilog="Example: lora-assets evaluate --adapter A --dataset eval.jso
 app.command(epilog="Example: lora-assets merge --base-model llama3-8b --adapter A --output merged")(tools.merge)
 
 app.command(epilog="Example: lora-assets serve --gguf merged-Q4_K_M.gguf --port 8080")(serve.serve)
+app.command(epilog="Example: lora-assets push v3 --repo acme/brain")(push.push)
 
 
 def main() -> None:
