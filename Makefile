@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format dev bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory clean
+.PHONY: help setup demo test check format dev h2o-gateway bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -40,6 +40,9 @@ check: .venv/.installed ## Lint, format, types, import contracts, definitions
 
 format: .venv/.installed ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
+
+h2o-gateway: .venv/.installed ## The REST API before an H2O LLM Studio, on localhost (docs/h2o.md)
+	@$(BIN)/python -m h2o_gateway
 
 dev: .venv/.installed ## The Dagster UI and daemon on localhost
 	@$(BIN)/lora-assets dev

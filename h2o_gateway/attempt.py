@@ -96,6 +96,11 @@ class Attempt:
         finally:
             os.close(descriptor)
 
+    def is_orphaned(self) -> bool:
+        """Whether only children of the training's process are left, such as its data loaders."""
+        record = self.record()
+        return record is not None and record.machine == machine() and not Path(f"/proc/{record.pid}").exists()
+
     def kill(self, number: signal.Signals) -> None:
         """Send a signal to the training's whole process group, if it lives."""
         record = self.record()

@@ -1,6 +1,5 @@
 """The service's parts, put together."""
 
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -61,8 +60,9 @@ class Gateway:
         metrics = {}
         if progress.points:
             metrics = {"loss": progress.points[-1].loss, "learning_rate": progress.points[-1].learning_rate}
-        if row.started_at is not None:
-            metrics["gpu_hours"] = ((row.finished_at or time.time()) - row.started_at) / 3600
+        # Not before the end: a figure that always grows would look like progress.
+        if row.started_at is not None and row.finished_at is not None:
+            metrics["gpu_hours"] = (row.finished_at - row.started_at) / 3600
         base = self.settings.public_url
         return Experiment(
             id=row.id,

@@ -20,6 +20,7 @@ OPTIMIZERS = {
     "adamw_8bit": "AdamW8bit",
     "adamw_bnb_8bit": "AdamW8bit",
     "paged_adamw_8bit": "AdamW8bit",
+    "paged_adamw_32bit": "AdamW",
 }
 
 

@@ -106,6 +106,8 @@ class Supervisor:
         if attempt.is_alive() or (starting and record is None):
             if row.stopping:
                 self._stop(row, attempt)
+            elif attempt.is_orphaned():
+                attempt.kill(signal.SIGKILL)
             return
         if row.stopping:
             self._end(row, "stopped", "cancelled")

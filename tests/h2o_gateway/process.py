@@ -117,6 +117,11 @@ class GatewayProcess:
         locks = self.directory.glob("experiments/*/attempt-*/train.lock")
         return [json.loads(content)["pid"] for lock in locks if (content := lock.read_bytes())]
 
+    def pid(self, identifier: str) -> int:
+        """The leader of an experiment's only training."""
+        [lock] = self.directory.glob(f"experiments/{identifier}/attempt-*/train.lock")
+        return int(json.loads(lock.read_bytes())["pid"])
+
     def started(self, identifier: str) -> dict[str, Any]:
         """The note of the stub's only start, once it is there."""
         [note] = until(lambda: self.starts(identifier))

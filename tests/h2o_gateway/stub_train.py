@@ -1,7 +1,8 @@
 """Trains nothing, but behaves as the experiment's name says: ``python stub_train.py -Y cfg.yaml``.
 
 quick: finishes at once; wait: finishes when a file ``go`` appears in the output directory; fail: raises;
-deaf: waits and ignores SIGTERM; empty: finishes without an adapter. Each start leaves a file behind.
+deaf: waits and ignores SIGTERM; fork: waits, and so does a child; empty: finishes without an adapter.
+Each start leaves a file behind.
 """
 
 import json
@@ -24,7 +25,9 @@ if behaviour == "fail":
 if behaviour == "deaf":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     (output / "deaf").touch()
-while behaviour in ("wait", "deaf") and not (output / "go").exists():
+if behaviour == "fork" and (child := os.fork()):
+    (output / "child").write_text(str(child))
+while behaviour in ("wait", "deaf", "fork") and not (output / "go").exists():
     time.sleep(0.02)
 if behaviour != "empty":
     (output / "adapter_model").mkdir()

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -107,6 +106,7 @@ def test_an_experiment_is_trained_and_its_adapter_downloaded_whole_and_by_range(
     ended = gateway.wait(created.json()["id"], "finished", "failed")
     assert ended["status"] == "finished", ended
     assert ended["started_at"] < ended["finished_at"]
+    assert ended["metrics"]["gpu_hours"] > 0
     route = f"/api/experiments/{ended['id']}/download"
     whole = gateway.http.get(route)
     assert hashlib.sha256(whole.content).hexdigest() == ended["sha256"] == whole.headers["X-Checksum-Sha256"]
@@ -200,6 +200,7 @@ def test_the_base_model_must_be_the_clients(gateway: GatewayProcess, tiny_model:
 def test_with_one_device_experiments_wait_for_each_other_in_order(gateway: GatewayProcess) -> None:
     first, second, third = (gateway.create("wait").json()["id"] for _ in range(3))
     gateway.started(first)
+    assert gateway.experiment(first)["metrics"] == {}, "no figure may look like progress where there is none"
     assert [gateway.experiment(one)["queue_position"] for one in (first, second, third)] == [None, 1, 2]
     assert gateway.http.get("/health").json() == {"status": "ok", "queued": 2, "running": 1, "gpus": 1}
     cancelled = gateway.http.post(f"/api/experiments/{second}/cancel").json()
@@ -221,7 +222,7 @@ def test_a_cancelled_training_is_ended_even_if_it_will_not_go(gateway: GatewayPr
     gateway.started(identifier)
     if behaviour == "deaf":
         until((gateway.output(identifier) / "deaf").exists)
-    pid = json.loads((gateway.output(identifier).parent / "train.lock").read_bytes())["pid"]
+    pid = gateway.pid(identifier)
     assert is_alive(pid)
     assert gateway.http.post(f"/api/experiments/{identifier}/cancel").status_code == 200
     assert gateway.wait(identifier, "stopped")["error"] == "cancelled"

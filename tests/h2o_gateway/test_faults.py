@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from finetune.base_model.models import BaseModelRef
+from h2o_gateway.__main__ import main
 from h2o_gateway.attempt import Attempt
 from h2o_gateway.models import ExperimentRequest
 from h2o_gateway.store import Store
@@ -70,8 +71,7 @@ def test_a_gateway_killed_between_its_note_and_the_start_starts_the_training_onc
     assert len(gateway.starts(row.id)) == 1
 
 
-def test_of_several_processes_that_would_train_in_one_place_one_does(launch: Launch) -> None:
-    gateway = launch()
+def test_of_several_processes_that_would_train_in_one_place_one_does(gateway: GatewayProcess) -> None:
     identifier = gateway.create("wait").json()["id"]
     gateway.started(identifier)
     directory = gateway.output(identifier).parent
@@ -85,17 +85,25 @@ def test_of_several_processes_that_would_train_in_one_place_one_does(launch: Lau
     assert len(gateway.starts(identifier)) == 1
 
 
-def test_a_training_that_is_killed_has_failed_and_the_next_one_gets_the_device(launch: Launch) -> None:
-    gateway = launch()
+def test_a_training_that_is_killed_has_failed_and_the_next_one_gets_the_device(gateway: GatewayProcess) -> None:
     killed, waiting = (gateway.create("wait").json()["id"] for _ in range(2))
     gateway.started(killed)
-    [pid] = gateway.pids()
-    os.kill(pid, signal.SIGKILL)
+    os.kill(gateway.pid(killed), signal.SIGKILL)
     ended = gateway.wait(killed, "failed", "finished")
     assert ended["status"] == "failed"
     assert "has ended unfinished: the stub begins" in ended["error"]
     assert "the stub begins" in ended["log_tail"]
     gateway.started(waiting)
+    (gateway.output(waiting) / "go").touch()
+
+
+def test_children_of_a_killed_training_are_ended_and_do_not_keep_the_device(gateway: GatewayProcess) -> None:
+    identifier = gateway.create("fork").json()["id"]
+    gateway.started(identifier)
+    child = int(until(lambda: (path := gateway.output(identifier) / "child").exists() and path.read_text()))
+    os.kill(gateway.pid(identifier), signal.SIGKILL)
+    assert gateway.wait(identifier, "failed")["gpu"] == "0"
+    assert not is_alive(child)
 
 
 def test_a_training_that_a_restarted_machine_has_interrupted_begins_anew(launch: Launch) -> None:
@@ -147,15 +155,19 @@ def test_a_second_gateway_on_the_same_data_is_refused(launch: Launch, tiny_model
         ({"MODELS": "x=/no/such/place"}, "H2O_GATEWAY_MODELS"),
     ],
 )
-def test_wrong_settings_are_one_clear_error(tmp_path: Path, settings: dict[str, str], said: str) -> None:
-    values = {"DATA_DIR": str(tmp_path), "API_KEY": KEY, **settings}
-    environment = os.environ | {f"H2O_GATEWAY_{name}": value for name, value in values.items()}
-    ended = subprocess.run(
-        [sys.executable, "-m", "h2o_gateway"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert ended.returncode == 2
-    assert said in ended.stderr
-    assert len(ended.stderr.splitlines()) == 1
+def test_wrong_settings_are_one_clear_error(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, str],
+    said: str,
+) -> None:
+    for name, value in {"DATA_DIR": str(tmp_path), "API_KEY": KEY, **settings}.items():
+        monkeypatch.setenv(f"H2O_GATEWAY_{name}", value)
+    assert main() == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert len(error.splitlines()) == 1
 
 
 class Receiver:

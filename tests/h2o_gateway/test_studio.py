@@ -103,6 +103,41 @@ def test_precision_is_the_plans(tmp_path: Path, precision: Any, dtype: str, mixe
     assert found["training"]["lora_target_modules"] == ""
 
 
+CHANGES: dict[str, Any] = {
+    "method": "qlora",
+    "lora_rank": 9,
+    "lora_alpha": 17,
+    "lora_dropout": 0.3,
+    "use_rslora": True,
+    "use_dora": True,
+    "use_pissa": True,
+    "target_modules": ["q_proj"],
+    "learning_rate": 0.5,
+    "lr_schedule": "linear",
+    "warmup_ratio": 0.7,
+    "weight_decay": 0.6,
+    "optimizer": "adamw_8bit",
+    "micro_batch": 33,
+    "accumulation": 34,
+    "epochs": 35,
+    "max_steps": 36,
+    "max_length": 37,
+    "packing": True,
+    "precision": "bf16",
+    "gradient_checkpointing": True,
+    "attention": "eager",
+    "seed": 43,
+}
+NO_MATTER = {"trial_id", "task", "virtual_tokens"}
+
+
+@pytest.mark.parametrize("field", TrialConfig.model_fields.keys() - NO_MATTER)
+def test_no_field_of_a_plan_is_passed_over_in_silence(tmp_path: Path, field: str) -> None:
+    plain, changed = TrialConfig(trial_id="t"), TrialConfig(trial_id="t", **{field: CHANGES[field]})
+    path = tmp_path / "cfg.yaml"
+    assert refusals(changed) or written(changed, path) != written(plain, path)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -112,7 +147,7 @@ def test_precision_is_the_plans(tmp_path: Path, precision: Any, dtype: str, mixe
         {"max_steps": 10},
         {"epochs": 1.5},
         {"lora_alpha": 12.5},
-        {"optimizer": "lion"},
+        {"optimizer": "adafactor"},
         {"seed": -1},
         {"weight_decay": -0.1},
         {"target_modules": []},
