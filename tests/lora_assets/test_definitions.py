@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import dagster as dg
 import pytest
+
+from finetune.errors import ConfigurationError
 
 HEAVY = ["torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "matplotlib", "polars"]
 UNCONFIGURED = ["dagster_k8s", "dagster_postgres", "sqlalchemy", "alembic"]
@@ -112,3 +115,88 @@ def test_a_metadata_table_may_be_empty() -> None:
 
     assert table([]).records == []
     assert table([{"reason": "nul", "lines": None}]).records[0].data == {"reason": "nul", "lines": ""}
+
+
+GPU = {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}}
+
+
+@pytest.mark.parametrize(
+    ("backend", "gpu_steps"),
+    [("hf-peft", {"adapter", "eval_report"}), ("h2o", {"eval_report"})],
+)
+def test_a_gpu_is_asked_for_by_the_steps_that_compute_on_one(backend: str, gpu_steps: set[str]) -> None:
+    code = """
+import json
+from lora_assets.definitions import defs
+steps = {node.name: node.definition for node in defs.resolve_job_def("train_and_export").graph.nodes}
+print(json.dumps({name.removeprefix("brain__"): [dict(op.tags), op.pool] for name, op in steps.items()}))
+"""
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": "/usr/bin", "TRAINING_BACKEND": backend, "H2O_API_URL": "http://127.0.0.1:1"},
+    )
+    steps = json.loads(out.stdout)
+    assert {"merged_dataset", "adapter", "eval_report", "merged_model", "gguf"} <= set(steps)
+    asking = {name for name, (tags, _) in steps.items() if "nvidia.com/gpu" in str(tags)}
+    assert asking == gpu_steps
+    assert {name for name, (_, pool) in steps.items() if pool == "gpu"} == gpu_steps
+    assert all(json.loads(steps[name][0]["dagster-k8s/config"]) == GPU for name in gpu_steps)
+
+
+def test_the_remote_servers_names_waits_and_limits_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINING_BACKEND", "h2o")
+    monkeypatch.setenv("H2O_API_URL", "https://h2o-llm.internal")
+    monkeypatch.setenv("H2O_CA_FILE", "certs/ca.pem")
+    monkeypatch.setenv(
+        "H2O_PROTOCOL",
+        '{"datasets_route": "/v2/data", "finished_statuses": ["done", "ok"], "status_field": "state"}',
+    )
+    monkeypatch.setenv("H2O_TIMING", '{"poll": 2, "stalled": 60}')
+    monkeypatch.setenv("H2O_LIMITS", '{"files": 10}')
+    from lora_assets.definitions import build_trainer
+    from lora_assets.settings import load_settings
+    from resources.h2o.protocol import Limits, Protocol, Timing
+    from resources.h2o_trainer import H2OTrainer
+
+    trainer = build_trainer(load_settings()).process_config_and_initialize()
+    assert isinstance(trainer, H2OTrainer)
+    assert trainer.protocol == Protocol(
+        datasets_route="/v2/data", finished_statuses=["done", "ok"], status_field="state"
+    )
+    assert trainer.timing == Timing(poll=2, stalled=60)
+    assert trainer.limits == Limits(files=10)
+    assert trainer.ca_file == str(Path("certs/ca.pem").absolute())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "told"),
+    [
+        ("H2O_PROTOCOL", '{"route": "/x"}', r"unknown field route \[H2O_PROTOCOL\].*datasets_route"),
+        ("H2O_PROTOCOL", '{"queued_statuses": "new"}', r"queued_statuses.*list.*H2O_PROTOCOL"),
+        ("H2O_TIMING", '{"poll": 0}', r"poll: .*greater than 0.*H2O_TIMING"),
+        ("H2O_LIMITS", '{"files": "few"}', r"files: .*integer.*H2O_LIMITS"),
+    ],
+)
+def test_a_wrong_name_or_value_among_them_is_told(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str, told: str
+) -> None:
+    monkeypatch.setenv("TRAINING_BACKEND", "h2o")
+    monkeypatch.setenv("H2O_API_URL", "https://h2o-llm.internal")
+    monkeypatch.setenv(variable, value)
+    from lora_assets.definitions import build_trainer
+    from lora_assets.settings import load_settings
+
+    with pytest.raises(ConfigurationError, match=told):
+        build_trainer(load_settings())
+
+
+def test_the_specifications_routes_are_the_defaults() -> None:
+    from resources.h2o.protocol import Protocol
+
+    protocol = Protocol()
+    assert (protocol.datasets_route, protocol.experiments_route) == ("/api/datasets", "/api/experiments")
+    assert protocol.experiment_route == "/api/experiments/{id}"
+    assert protocol.download_route == "/api/experiments/{id}/download"

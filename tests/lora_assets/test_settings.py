@@ -55,6 +55,8 @@ def test_every_name_of_the_specification_is_read_as_it_stands_there(monkeypatch:
         ("SAMPLES_COLUMNS", "id", ["SAMPLES_COLUMNS=id", "field=column"]),
         ("SAMPLES_COLUMNS", "id=a,id=b", ["SAMPLES_COLUMNS=id=a,id=b", "twice"]),
         ("SENSITIVE_DATA", "hide", ["SENSITIVE_DATA=hide", "mask"]),
+        ("H2O_PROTOCOL", "{id_field", ["H2O_PROTOCOL={id_field", "property name"]),
+        ("H2O_TIMING", "[1]", ["H2O_TIMING=[1]", "dictionary"]),
     ],
 )
 def test_a_wrong_value_is_named_with_what_is_allowed(
