@@ -200,3 +200,14 @@ def test_the_specifications_routes_are_the_defaults() -> None:
     assert (protocol.datasets_route, protocol.experiments_route) == ("/api/datasets", "/api/experiments")
     assert protocol.experiment_route == "/api/experiments/{id}"
     assert protocol.download_route == "/api/experiments/{id}/download"
+
+
+def test_the_page_on_remote_training_tells_of_every_name_wait_and_limit() -> None:
+    from resources.h2o.protocol import Limits, Protocol, Timing
+
+    page = (Path(__file__).parents[2] / "docs" / "h2o.md").read_text(encoding="utf-8")
+    for kind in (Protocol, Timing, Limits):
+        for name, field in kind.model_fields.items():
+            value = field.default
+            shown = ", ".join(value) if isinstance(value, list) else f"{value:g}" if kind is Timing else str(value)
+            assert f"| `{name}` | `{shown}` | {field.description} |" in page
