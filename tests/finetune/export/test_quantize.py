@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -145,12 +147,30 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+# Where the machine has llama.cpp's program, as our image does, it must give what we give.
+PATHS = ["", *([os.environ["PATH"]] if shutil.which("llama-quantize") else [])]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["in process", "llama-quantize"][: len(PATHS)])
 @pytest.mark.parametrize(("quantization", "digest"), LLAMA_CPP_DIGESTS.items())
 def test_files_are_those_of_llama_cpp_byte_for_byte(
-    random_model: Path, tmp_path: Path, quantization: str, digest: str
+    random_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str, digest: str, path: str
 ) -> None:
+    monkeypatch.setenv("PATH", path)
     quantize_gguf(random_model, tmp_path / "q", quantization)
     assert sha256_file(tmp_path / "q") == digest
+
+
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_every_way_that_this_machine_has_gives_the_same_bytes(
+    gguf: GgufExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quantization: str
+) -> None:
+    made = set()
+    for path in PATHS:
+        monkeypatch.setenv("PATH", path)
+        quantize_gguf(gguf.full.path, tmp_path / "q", quantization)
+        made.add(sha256_file(tmp_path / "q"))
+    assert len(made) == 1
 
 
 def test_llama_quantize_is_used_where_it_is_installed(
