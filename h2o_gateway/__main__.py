@@ -28,10 +28,10 @@ def main() -> int:
         settings = _settings()
         lock = _only_gateway(settings.data_dir)
         key, origin = _key(settings)
-    except ConfigurationError as error:
+        listener = socket.create_server((settings.host, settings.port), family=_family(settings.host))
+    except (ConfigurationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    listener = socket.create_server((settings.host, settings.port), family=_family(settings.host), reuse_port=False)
     host, port = listener.getsockname()[:2]
     print(
         f"H2O LLM Studio gateway: http://{f'[{host}]' if ':' in host else host}:{port} (its API: /docs)\n"
@@ -40,7 +40,10 @@ def main() -> int:
         f"clients:  TRAINING_BACKEND=h2o H2O_API_URL=http://{host}:{port} H2O_API_KEY={origin}",
         flush=True,
     )
-    config = uvicorn.Config(create_app(settings, key), log_level="warning", timeout_graceful_shutdown=5)
+    # Clients that poll once a minute keep their connection.
+    config = uvicorn.Config(
+        create_app(settings, key), log_level="warning", timeout_keep_alive=75, timeout_graceful_shutdown=5
+    )
     uvicorn.Server(config).run(sockets=[listener])
     os.close(lock)
     return 0

@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import re
 import secrets
+import shutil
 from pathlib import Path
 
-from finetune.publishing import is_complete, publish_directory, read_manifest
+from finetune.publishing import TEMPORARY_MARK, is_complete, publish_directory, read_manifest
 from h2o_gateway.conversion import count_records
 from h2o_gateway.models import Dataset
 
@@ -29,6 +30,8 @@ class Datasets:
         self._incoming.mkdir(parents=True, exist_ok=True)
         for leftover in self._incoming.iterdir():
             leftover.unlink()
+        for unfinished in directory.glob(f".*{TEMPORARY_MARK}*"):
+            shutil.rmtree(unfinished)
 
     def new_upload(self) -> Path:
         """A fresh file to write an upload to."""

@@ -30,7 +30,7 @@ class Dataset(BaseModel):
 class LoraConfig(TrialConfig):
     """The LoRA configuration of a plan; a field that is not known is refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     trial_id: str = ""
 
@@ -47,7 +47,8 @@ class ExperimentRequest(BaseModel):
         None, max_length=200, description="The client's fingerprint of the base model; another one here is an error."
     )
     config: LoraConfig = Field(default_factory=LoraConfig)
-    name: str = Field("", max_length=200)
+    # H2O LLM Studio makes file names of it.
+    name: str = Field("", pattern=r"^[A-Za-z0-9_ .:-]{0,100}$")
     idempotency_key: str | None = Field(
         None, min_length=1, max_length=200, description="The same key gives the same experiment."
     )

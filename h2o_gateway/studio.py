@@ -36,7 +36,7 @@ def refusals(trial: TrialConfig) -> list[str]:
         and f"wants a whole number from 1, not {trial.lora_alpha:g}",
         "optimizer": trial.optimizer not in OPTIMIZERS
         and f"has no {trial.optimizer!r}; known are {', '.join(OPTIMIZERS)}",
-        "seed": trial.seed < 0 and "would draw a seed of its own for a negative one",
+        "seed": not 0 <= trial.seed < 1 << 32 and "wants a seed from 0 to 4294967295",
         "weight_decay": trial.weight_decay < 0 and "wants no negative weight decay",
         "target_modules": trial.target_modules != "all-linear"
         and (not trial.target_modules or any(not name or "," in name for name in trial.target_modules))

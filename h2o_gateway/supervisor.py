@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from finetune.errors import FinetuneError
-from finetune.publishing import write_bytes_atomically
+from finetune.publishing import TEMPORARY_MARK, write_bytes_atomically
 from h2o_gateway.archive import write_archive
 from h2o_gateway.attempt import Attempt, machine
 from h2o_gateway.datasets import Datasets
@@ -166,6 +166,8 @@ class Supervisor:
 
     def _finish(self, row: Row, attempt: Attempt) -> None:
         progress = read_progress(attempt.output, row.request.config)
+        for leftover in self._directory(row).glob(f".*{TEMPORARY_MARK}*"):
+            leftover.unlink()
         try:
             sha256, size = write_archive(self.archive(row), attempt.output, training_log(progress.points))
         except FinetuneError as error:

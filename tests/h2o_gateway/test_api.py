@@ -183,9 +183,25 @@ def test_what_cannot_be_trained_is_refused_by_the_fields_name(
     assert said in answer.json()["detail"]
 
 
-def test_a_lone_surrogate_in_the_request_is_a_clear_refusal(gateway: GatewayProcess) -> None:
-    answer = gateway.http.post("/api/experiments", content=rb'{"name": "\ud800", "\udfff": 1}')
-    assert answer.status_code == 422
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [
+        (rb'{"name": "\ud800", "\udfff": 1}', 422),
+        (b'{"config": {"lora_alpha": NaN}}', 422),
+        (b'{"config": {"learning_rate": 1e999}}', 422),
+        (b'{"config": {"seed": ' + b"9" * 5000 + b"}}", 400),
+        (b"[" * 15_000, 400),
+        (b"\xff", 400),
+        (b'{"name": "../../x"}', 422),
+        (b'{"name": "\\u0000"}', 422),
+    ],
+    ids=["surrogate", "nan", "infinity", "digits", "depth", "no-utf8", "path", "nul"],
+)
+def test_a_request_made_to_break_things_is_a_clear_refusal(
+    gateway: GatewayProcess, content: bytes, status: int
+) -> None:
+    answer = gateway.http.post("/api/experiments", content=content, headers={"Content-Type": "application/json"})
+    assert (answer.status_code, list(answer.json())) == (status, ["detail"])
 
 
 def test_the_base_model_must_be_the_clients(gateway: GatewayProcess, tiny_model: BaseModelRef) -> None:

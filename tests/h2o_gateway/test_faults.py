@@ -71,6 +71,29 @@ def test_a_gateway_killed_between_its_note_and_the_start_starts_the_training_onc
     assert len(gateway.starts(row.id)) == 1
 
 
+def test_what_a_killed_gateway_left_half_made_is_cleared_away(launch: Launch) -> None:
+    gateway = launch()
+    identifier = gateway.create("wait").json()["id"]
+    gateway.started(identifier)
+    gateway.kill()
+    datasets = gateway.directory / "datasets"
+    (datasets / ".incoming" / "half.jsonl").write_text("{")
+    (datasets / ".abc.tmp-1-2").mkdir()
+    (datasets / ".abc.tmp-1-2" / "dataset.jsonl").write_text("{")
+    (gateway.directory / "experiments" / identifier / ".adapter.zip.tmp-1-2").write_text("PK")
+    gateway.start()
+    (gateway.output(identifier) / "go").touch()
+    gateway.wait(identifier, "finished")
+    assert sorted(path.name for path in datasets.iterdir()) == sorted(
+        [".incoming", hashlib.sha256(RECORDS).hexdigest()]
+    )
+    assert list((datasets / ".incoming").iterdir()) == []
+    assert sorted(path.name for path in (gateway.directory / "experiments" / identifier).iterdir()) == [
+        "adapter.zip",
+        "attempt-1",
+    ]
+
+
 def test_of_several_processes_that_would_train_in_one_place_one_does(gateway: GatewayProcess) -> None:
     identifier = gateway.create("wait").json()["id"]
     gateway.started(identifier)
@@ -152,6 +175,7 @@ def test_a_second_gateway_on_the_same_data_is_refused(launch: Launch, tiny_model
             "H2O_GATEWAY_TRAIN_COMMAND: Value error, the command must hold {config}",
         ),
         ({"GPUS": "0,0"}, "H2O_GATEWAY_GPUS"),
+        ({"HOST": "192.0.2.1"}, "Cannot assign requested address"),
         ({"MODELS": "x=/no/such/place"}, "H2O_GATEWAY_MODELS"),
     ],
 )

@@ -131,7 +131,7 @@ CHANGES: dict[str, Any] = {
 NO_MATTER = {"trial_id", "task", "virtual_tokens"}
 
 
-@pytest.mark.parametrize("field", TrialConfig.model_fields.keys() - NO_MATTER)
+@pytest.mark.parametrize("field", sorted(TrialConfig.model_fields.keys() - NO_MATTER))
 def test_no_field_of_a_plan_is_passed_over_in_silence(tmp_path: Path, field: str) -> None:
     plain, changed = TrialConfig(trial_id="t"), TrialConfig(trial_id="t", **{field: CHANGES[field]})
     path = tmp_path / "cfg.yaml"
