@@ -147,7 +147,7 @@ def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# Where the machine has llama.cpp's program, as our image does, it must give what we give.
+# Where the machine has llama.cpp's own program, it must give what we give.
 PATHS = ["", *([os.environ["PATH"]] if shutil.which("llama-quantize") else [])]
 
 

@@ -1,0 +1,220 @@
+"""Who is exported, and what Ollama serves: the assets from the registry on, materialized."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pytest
+from pydantic import BaseModel
+
+from finetune.adapter_files import WEIGHTS_NAME, adapter_hash
+from finetune.base_model.models import BaseModelRef
+from finetune.dataset.models import Counts, PreparedDataset
+from finetune.evaluation.models import EvalReport
+from finetune.export.models import GgufExport, GgufFile, GgufVerification
+from finetune.planning.models import MemoryEstimate, TrainingPlan, TrialConfig
+from finetune.registry.models import RegisteredVersion
+from finetune.registry.promotion import champion, promote
+from finetune.training.models import TrainingResult
+from lora_assets.assets import evaluation, export
+from lora_assets.assets.common import key
+from lora_assets.partitions import dataset_dates
+from resources.artifact_store import ArtifactStore, ValueStore
+from resources.base_model import BaseModelSource
+from resources.ollama import OllamaServer
+from tests.resources.ollama_server import FakeOllama
+
+DATE = "2026-06-01"
+BETTER, NO_BETTER = (-0.5, -0.4), (-0.0006, -0.0004)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(data_root=str(tmp_path), pipeline="brain")
+
+
+def given(name: str, value: BaseModel) -> dg.AssetsDefinition:
+    """An upstream asset that has this value."""
+
+    @dg.asset(key=key(name), partitions_def=dataset_dates)
+    def asset() -> Any:
+        return value
+
+    return asset
+
+
+def materialize(store: ArtifactStore, tiny_model: BaseModelRef, *assets: Any, **options: Any) -> dict[str, BaseModel]:
+    """Run the last asset on the others; the values that it emitted by name."""
+    host = options.pop("host", None)
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions(str(dataset_dates.name), [DATE])
+        result = dg.materialize(
+            list(assets),
+            instance=instance,
+            partition_key=DATE,
+            resources={
+                "store": store,
+                "io_manager": ValueStore(directory=str(store.layout.asset_values)),
+                "base_model": BaseModelSource(name=str(tiny_model.path), cache_dir=str(store.layout.base_models)),
+                "ollama": OllamaServer(host=host, timeout=60),
+            },
+            **options,
+        )
+    step = assets[-1].op.name
+    made = [event.asset_key.path[-1] for event in result.get_asset_materialization_events() if event.step_key == step]
+    return {name: result.output_for_node(step, name if len(assets) > 2 else "result") for name in made}
+
+
+def register(
+    store: ArtifactStore, tiny_model: BaseModelRef, number: int, interval: tuple[float, float], **config: Any
+) -> dict[str, BaseModel]:
+    """Put training number `number`, whose loss changed by this interval, through the registry."""
+    from safetensors.numpy import save_file
+
+    directory = store.layout.adapter(f"run{number}")
+    if not directory.exists():
+        directory.mkdir(parents=True)
+        save_file({"a": np.full(4, number, np.float32)}, directory / WEIGHTS_NAME)
+        (directory / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    digest = adapter_hash(directory)
+    report = EvalReport(
+        path=directory,
+        run_id=f"run{number}",
+        eval_loss=2.0 + interval[0],
+        eval_perplexity=1.0,
+        base_loss=2.0,
+        base_perplexity=1.0,
+        delta_vs_base_loss=interval[0],
+        delta_ci95=interval,
+        token_accuracy=0.5,
+        base_token_accuracy=0.5,
+        exact_match=None,
+        base_exact_match=None,
+        records=10,
+        tokens=100,
+        seconds=1.0,
+        answers=[],
+        base_fingerprint="base",
+        adapter_hash=digest,
+    )
+    trained = TrainingResult(
+        status="completed",
+        run_id=f"run{number}",
+        backend="hf-peft",
+        adapter_path=directory,
+        adapter_hash=digest,
+        training_steps=1,
+        gpu_hours=0,
+        final_loss=1.0,
+    )
+    prepared = PreparedDataset(
+        path=directory,
+        date=DATE,
+        fingerprint="f" * 64,
+        window_dates=[DATE],
+        counts=Counts(lines=1, train=1, eval=0, duplicates=0, rejected=0, blank=0),
+        rejects_by_reason={},
+        rejects_by_file={},
+    )
+    plan = TrainingPlan(
+        trial_config=TrialConfig(trial_id="t"),
+        search_space={},
+        memory_estimate=MemoryEstimate(
+            vram_gb=0, fits=None, limit_gb=None, model_params=0, trainable_params=0, parts={}
+        ),
+        explanations=[],
+        estimated_steps=0,
+        estimated_tokens=None,
+    )
+    return materialize(
+        store,
+        tiny_model,
+        given("adapter", trained),
+        given("eval_report", report),
+        given("merged_dataset", prepared),
+        given("training_plan", plan),
+        evaluation.registered_adapter,
+        run_config={"ops": {"registered_adapter": {"config": config}}},
+    )
+
+
+def reigns(store: ArtifactStore) -> str | None:
+    found = champion(store.layout.registry)
+    return None if found is None else found.version
+
+
+def exported(made: dict[str, BaseModel]) -> str:
+    version = made["promoted_adapter"]
+    assert isinstance(version, RegisteredVersion)
+    return version.version
+
+
+def test_the_champion_or_the_named_version_is_exported_and_nothing_else(
+    store: ArtifactStore, tiny_model: BaseModelRef
+) -> None:
+    assert exported(register(store, tiny_model, 1, BETTER)) == "v1"
+    challenger = register(store, tiny_model, 2, NO_BETTER)
+    assert challenger.keys() == {"registered_adapter"}
+    assert exported(register(store, tiny_model, 2, NO_BETTER, export_version="v1")) == "v1"
+    assert reigns(store) == "v1"
+    assert exported(register(store, tiny_model, 2, NO_BETTER, promote=True)) == "v2"
+    assert reigns(store) == "v2"
+    assert register(store, tiny_model, 1, BETTER).keys() == {"registered_adapter"}, "it reigned before"
+    with pytest.raises(Exception, match="no version v9"):
+        register(store, tiny_model, 1, BETTER, export_version="v9")
+
+
+def test_an_adapter_that_learned_nothing_makes_no_first_champion(
+    store: ArtifactStore, tiny_model: BaseModelRef
+) -> None:
+    made = register(store, tiny_model, 1, NO_BETTER)
+    assert made.keys() == {"registered_adapter"}
+    version = made["registered_adapter"]
+    assert isinstance(version, RegisteredVersion)
+    assert "by at least 0.001 nats per token" in version.reason
+    assert reigns(store) is None
+
+
+@pytest.fixture
+def server() -> Iterator[FakeOllama]:
+    with FakeOllama() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def create_on(server: FakeOllama, store: ArtifactStore, tiny_model: BaseModelRef, number: int) -> None:
+    """Export training number `number` to the server."""
+    directory = store.layout.model(f"run{number}", "gguf")
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name in ("full", "quantized", "base", "adapter"):
+        path = directory / f"{name}.gguf"
+        path.write_bytes(f"GGUF {name} {number}".encode())
+        files[name] = GgufFile(path=path, quantization="F16", size=path.stat().st_size, sha256=f"{name}{number}")
+    checked = GgufVerification(
+        tokenization_equal=True, prompts=1, greedy_agreement={}, sample_question="", sample_answer="", base_answer=""
+    )
+    gguf = GgufExport(path=directory, run_id=f"run{number}", verification=checked, seconds=1.0, **files)
+    materialize(store, tiny_model, given("gguf", gguf), export.modelfile, host=server.address)
+
+
+def test_a_run_that_exports_the_champion_moves_the_served_tag_and_one_of_another_version_does_not(
+    server: FakeOllama, store: ArtifactStore, tiny_model: BaseModelRef
+) -> None:
+    for number in (1, 2, 3):
+        register(store, tiny_model, number, NO_BETTER)
+    promote(store.layout.registry, "v1", reason="for the test", by="test")
+    create_on(server, store, tiny_model, 1)
+    first = server.models["predator-v21:run1"]
+    assert server.models["predator-v21:champion"] == first
+    create_on(server, store, tiny_model, 3)
+    assert server.models["predator-v21:champion"] == first
+    promote(store.layout.registry, "v2", reason="for the test", by="test")
+    create_on(server, store, tiny_model, 2)
+    assert server.models["predator-v21:champion"] == server.models["predator-v21:run2"] != first
