@@ -102,7 +102,9 @@ class Settings(BaseSettings):
         0.8, ge=0.7, le=1, description="Least similarity of near-duplicates: Jaccard, of three-word shingles."
     )
 
-    training_method: TrainableMethod = Field("lora", description="lora, qlora (4-bit base), prefix or ia3.")
+    training_method: TrainableMethod | None = Field(
+        None, description="lora, qlora (4-bit base), prefix or ia3; unset: lora, or qlora where lora does not fit."
+    )
     training_task: Task = Field("instruction", description="What the adapter is for; the plan's defaults follow it.")
     lora_rank: int | None = Field(None, ge=1, description="Rank of the adapter; unset: the plan chooses.")
     train_epochs: float | None = Field(None, gt=0, description="Passes over the data; unset: the plan chooses.")
@@ -114,6 +116,13 @@ class Settings(BaseSettings):
         "auto", description="What the plan is made for; auto: cuda in a pod or where nvidia-smi is, else cpu."
     )
     vram_limit_gb: float | None = Field(None, gt=0, description="Memory of the card that the plan must fit.")
+    tokens_per_second: float | None = Field(
+        None, gt=0, description="Throughput to expect until a training of this model and method was measured."
+    )
+    gpu_hour_price: float | None = Field(None, ge=0, description="Price of one GPU-hour, in any currency.")
+    max_gpu_hours: float | None = Field(
+        None, gt=0, description="A training that is estimated to take longer does not start; unset: no limit."
+    )
     seed: int = Field(42, description="Seed of everything random.")
 
     min_champion_gain: float = Field(

@@ -3,7 +3,8 @@
 One row tells of one chain of attempts: the trainings of one `run_id` within one Dagster run and its
 retries. A chain that runs or has failed is continued in its row; a completed one is history, and the next
 training of that `run_id` gets a row of its own. What the table has no column for (Dagster's run, attempts,
-host) lies beside it in `lora_training_run_details`.
+host) lies beside it in `lora_training_run_details`, and what a training really took, for the next plan's
+estimates, in `lora_training_run_measurements`.
 """
 
 import json
@@ -23,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from finetune.errors import ConfigurationError, FinetuneError, RemoteError
 from finetune.layout import DataLayout
+from finetune.planning.history import Measurement
 from resources.postgres import EmbeddedPostgres
 from resources.trainer import BACKEND_LABELS, Backend
 
@@ -87,6 +89,10 @@ class Recording:
     def external_run(self, external_run_id: str, url: str | None = None) -> None:
         """Note the remote experiment and the link to it."""
         self._log.set_external_run(self.id, external_run_id, url)
+
+    def measured(self, measurement: Measurement) -> None:
+        """Note what the training took."""
+        self._log.measured(self.id, measurement)
 
     def complete(self, adapter_path: Path | str | None, metrics: Mapping[str, Any]) -> None:
         """Mark the row COMPLETED."""
@@ -245,6 +251,36 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
                 },
             )
         return [int(row["id"]) for row in rows]
+
+    def measured(self, row_id: int, measurement: Measurement) -> None:
+        """Note what the training of a row took: device, memory, throughput; the last word counts."""
+        with self._transaction() as execute:
+            execute(
+                "INSERT INTO lora_training_run_measurements "
+                "(id, method, device, estimated_memory_gb, peak_memory_gb, tokens_per_second) "
+                "VALUES (:id, :method, :device, :estimated_memory_gb, :peak_memory_gb, :tokens_per_second) "
+                "ON CONFLICT (id) DO UPDATE SET method = EXCLUDED.method, device = EXCLUDED.device, "
+                "estimated_memory_gb = EXCLUDED.estimated_memory_gb, peak_memory_gb = EXCLUDED.peak_memory_gb, "
+                "tokens_per_second = EXCLUDED.tokens_per_second",
+                {"id": row_id, **measurement.model_dump()},
+            )
+
+    def measurements(self, base_model: str, device: Literal["cpu", "cuda"], limit: int = 50) -> list[Measurement]:
+        """What completed trainings of a base model took on this kind of device, newest first.
+
+        Raises:
+            RemoteError: the database cannot be reached.
+            ConfigurationError: its tables cannot be made or used.
+        """
+        with self._transaction() as execute:
+            rows = execute(
+                "SELECT measured.* FROM lora_training_run_measurements AS measured "
+                "JOIN lora_training_runs AS run USING (id) WHERE run.base_model = :base_model "
+                "AND run.status = 'COMPLETED' AND (measured.device = 'cpu') = :on_cpu "
+                "ORDER BY run.finished_at DESC, id DESC LIMIT :limit",
+                {"base_model": _text(base_model), "on_cpu": device == "cpu", "limit": limit},
+            )
+        return [Measurement.model_validate(row) for row in rows]
 
     def fail(self, row_id: int, error_message: str) -> None:
         """Mark a RUNNING row FAILED; a row that has ended already keeps its end."""

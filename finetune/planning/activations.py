@@ -10,16 +10,9 @@ from collections.abc import Iterable
 from typing import Literal
 
 from finetune.planning.framework import Framework
-from finetune.planning.model_config import Linear, ModelShape
+from finetune.planning.model_config import Linear, ModelShape, Source
 from finetune.planning.models import TrialConfig
 
-Source = Literal["attention", "heads", "feed_forward", "product"]
-_SOURCES: dict[str, Source] = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"), "attention"),
-    **dict.fromkeys(("o_proj", "dense"), "heads"),
-    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"), "feed_forward"),
-    **dict.fromkeys(("down_proj", "fc2", "dense_4h_to_h"), "product"),
-}
 _QKV = ("q_proj", "k_proj", "v_proj")
 _FUSED_QKV = ("qkv_proj", "query_key_value")
 
@@ -119,7 +112,7 @@ def _adapters(
 
 def _distinct_inputs(linears: Iterable[Linear]) -> dict[Source, int]:
     """Inputs that are kept once for all modules that share them; attention keeps its own output anyway."""
-    return {source: linear.inputs for linear in linears if (source := _SOURCES[linear.name]) != "heads"}
+    return {linear.source: linear.inputs for linear in linears if linear.source != "heads"}
 
 
 def _fused_inputs(linears: Iterable[Linear]) -> list[int]:

@@ -22,16 +22,17 @@ from typing import Literal
 from finetune.planning.activations import layer_bytes_per_token
 from finetune.planning.framework import TRL, Framework
 from finetune.planning.model_config import ModelShape
-from finetune.planning.models import MemoryEstimate, TrialConfig
+from finetune.planning.models import MemoryEstimate, Optimizer, TrialConfig
 
 _GB = 1e9
 _QUANTIZATION_BLOCK_BITS = 8
 # Optimizer states per trained parameter and bytes of each, None for the parameter's own.
-_OPTIMIZERS: dict[str, tuple[float, int | None]] = {
+_OPTIMIZERS: dict[Optimizer, tuple[float, int | None]] = {
     "adamw_torch": (2, None),
     "adamw_torch_fused": (2, None),
     "adamw_8bit": (2, 1),
     "paged_adamw_8bit": (2, 1),
+    "paged_adamw_32bit": (2, 4),
     "sgd": (0, None),
     # Row and column sums in place of a matrix (Shazeer & Stern 2018).
     "adafactor": (0.025, 4),
@@ -72,6 +73,7 @@ def estimate_memory(
     device: Literal["cpu", "cuda"] = "cuda",
     limit_gb: float | None = None,
     framework: Framework = TRL,
+    correction: float = 1.0,
 ) -> MemoryEstimate:
     """Peak memory in GB (10^9 bytes) of training `shape` as `trial` says.
 
@@ -81,6 +83,7 @@ def estimate_memory(
         device: a GPU also holds a CUDA context, and its allocator wastes some.
         limit_gb: the memory that is there, for `fits`.
         framework: whose training it is.
+        correction: what earlier trainings took, measured / estimated.
 
     Raises:
         ConfigurationError: `target_modules` names a module that the model lacks.
@@ -96,7 +99,7 @@ def estimate_memory(
         # Adapters in float32 are cast for 16-bit work, once a pass.
         activations += trained * width
     gradients = _gradient_bytes(shape, trial, framework, trained, trained_width, activations + logits)
-    states, state_width = _OPTIMIZERS.get(trial.optimizer, (2, None))
+    states, state_width = _OPTIMIZERS[trial.optimizer]
     parts = {
         "weights": weights,
         "adapter": 0.0 if trial.method == "full" else trained * trained_width / framework.shards,
@@ -108,6 +111,8 @@ def estimate_memory(
     parts["overhead"] = 0.0
     if device == "cuda":
         parts["overhead"] = framework.context_gb * _GB + framework.fragmentation * sum(parts.values())
+    if correction != 1.0:
+        parts["correction"] = sum(parts.values()) * (correction - 1)
     total = sum(parts.values())
     return MemoryEstimate(
         vram_gb=round(total / _GB, 6),
@@ -116,6 +121,7 @@ def estimate_memory(
         model_params=shape.parameters,
         trainable_params=trained,
         parts={name: round(value / _GB, 6) for name, value in parts.items()},
+        correction=correction,
     )
 
 

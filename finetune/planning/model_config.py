@@ -19,6 +19,16 @@ NormKind = Literal["rms", "layer"]
 _COMPOSED_ACTIVATIONS = ("gelu_new",)
 
 
+# What a linear module is given, by the last part of its name.
+Source = Literal["attention", "heads", "feed_forward", "product"]
+_SOURCES: dict[str, Source] = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value"), "attention"),
+    **dict.fromkeys(("o_proj", "dense"), "heads"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "fc1", "dense_h_to_4h"), "feed_forward"),
+    **dict.fromkeys(("down_proj", "fc2", "dense_4h_to_h"), "product"),
+}
+
+
 @dataclass(frozen=True)
 class Linear:
     """One linear module of a layer, by the last part of its name."""
@@ -32,6 +42,11 @@ class Linear:
     def parameters(self) -> int:
         """Weights and biases."""
         return self.inputs * self.outputs + (self.outputs if self.bias else 0)
+
+    @property
+    def source(self) -> Source:
+        """The tensor that it is given, which it may share with others."""
+        return _SOURCES[self.name]
 
 
 @dataclass(frozen=True)

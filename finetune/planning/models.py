@@ -9,6 +9,10 @@ from pydantic import BaseModel, ConfigDict, Field
 # full is estimated, for comparison, and never trained
 Method = Literal["full", "lora", "qlora", "prefix", "ia3"]
 TrainableMethod = Literal["lora", "qlora", "prefix", "ia3"]
+Optimizer = Literal[
+    "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit", "sgd", "adafactor"
+]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Task = Literal["instruction", "domain", "chat", "style"]
 
 
@@ -33,7 +37,7 @@ class TrialConfig(BaseModel):
     lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = 0.0
-    optimizer: str = "adamw_torch"
+    optimizer: Optimizer = "adamw_torch"
     micro_batch: int = Field(4, ge=1)
     accumulation: int = Field(4, ge=1)
     epochs: float = Field(3, gt=0)
@@ -42,7 +46,7 @@ class TrialConfig(BaseModel):
     packing: bool = False
     precision: Literal["bf16", "fp32"] = "fp32"
     gradient_checkpointing: bool = False
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    attention: Attention = "sdpa"
     seed: int = 42
 
     @property
@@ -61,9 +65,18 @@ class Range(BaseModel):
     log: bool = False
     choices: list[int | float | str | bool] | None = None
 
+    def __str__(self) -> str:
+        if self.choices is not None:
+            return ", ".join(map(str, self.choices))
+        return f"{self.low:g} to {self.high:g}{', logarithmic' if self.log else ''}"
+
 
 class MemoryEstimate(BaseModel):
-    """Peak memory of the training in GB (10^9 bytes) and its parts."""
+    """Peak memory of the training in GB (10^9 bytes) and its parts.
+
+    Where earlier trainings took more or less than estimated, `vram_gb` is the arithmetic's figure times
+    `correction`, and the part ``correction`` is the difference.
+    """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
 
@@ -73,6 +86,19 @@ class MemoryEstimate(BaseModel):
     model_params: int
     trainable_params: int
     parts: dict[str, float]
+    correction: float = 1.0
+
+
+class CostEstimate(BaseModel):
+    """Time and price of the training; `throughput` tells where the tokens per second come from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    tokens_per_second: float | None
+    throughput: str
+    gpu_hours: float | None
+    # in the currency of the price that was given
+    price: float | None
 
 
 class TrainingPlan(BaseModel):
@@ -86,3 +112,4 @@ class TrainingPlan(BaseModel):
     explanations: list[str]
     estimated_steps: int
     estimated_tokens: int | None
+    cost: CostEstimate | None = None

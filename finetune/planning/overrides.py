@@ -6,6 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from finetune.planning.models import Attention, Optimizer
+
 
 class PlanOverrides(BaseModel):
     """Values of `TrialConfig` that are given; ``None`` leaves the choice to the plan."""
@@ -24,7 +26,7 @@ class PlanOverrides(BaseModel):
     lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] | None = None
     warmup_ratio: float | None = Field(None, ge=0, lt=1)
     weight_decay: float | None = Field(None, ge=0)
-    optimizer: str | None = None
+    optimizer: Optimizer | None = None
     micro_batch: int | None = Field(None, ge=1)
     accumulation: int | None = Field(None, ge=1)
     epochs: float | None = Field(None, gt=0)
@@ -33,5 +35,5 @@ class PlanOverrides(BaseModel):
     packing: bool | None = None
     precision: Literal["bf16", "fp32"] | None = None
     gradient_checkpointing: bool | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    attention: Attention | None = None
     seed: int | None = None

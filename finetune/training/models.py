@@ -39,6 +39,8 @@ class TrainingResult(BaseModel):
     tokens_seen: int | None = None
     tokens_per_second: float | None = None
     peak_memory_gb: float | None = None
+    # "cpu" or the GPU's name
+    device: str | None = None
     seconds: float = 0.0
     external_run_id: str | None = None
     external_run_url: str | None = None
@@ -48,6 +50,8 @@ class TrainingResult(BaseModel):
     micro_batch: int | None = None
     trainable_params: int | None = None
     reused: bool = False
+    # of a dry run
+    plan: TrainingPlan | None = None
 
 
 class TrainingRequest(BaseModel):

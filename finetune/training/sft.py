@@ -67,6 +67,7 @@ def dry_run(request: TrainingRequest) -> TrainingResult:
         gpu_hours=0.0,
         final_loss=None,
         tokens_seen=int(data.lengths[order].sum()),
+        plan=request.plan,
     )
 
 
@@ -135,6 +136,7 @@ def _train(request: TrainingRequest, data: TrainingData, on_progress: Progress) 
 
 
 def _attempt(request: TrainingRequest, data: TrainingData, micro_batch: int, on_progress: Progress) -> TrainingResult:
+    import torch
     from torch.utils.tensorboard import SummaryWriter
 
     trial = request.plan.trial_config
@@ -187,6 +189,7 @@ def _attempt(request: TrainingRequest, data: TrainingData, micro_batch: int, on_
         tokens_seen=monitor.tokens_at(monitor.total_steps),
         tokens_per_second=monitor.tokens_at(monitor.total_steps) / monitor.seconds,
         peak_memory_gb=_peak_memory_gb(),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         seconds=monitor.seconds,
         resumed_from_step=step_of(resumed[0]) if resumed else 0,
         micro_batch=micro_batch,
@@ -298,11 +301,16 @@ def _final_loss(points: list[LossPoint]) -> float | None:
 
 
 def _peak_memory_gb() -> float:
-    """Peak memory in GB (10^9 bytes): the GPU's where there is one, else this process's resident set."""
+    """Peak memory in GB (10^9 bytes): what the GPU must have where there is one, else this process's resident set.
+
+    That is the most that PyTorch's allocator held, and what the GPU holds beside it: the CUDA context.
+    """
     import torch
 
     if torch.cuda.is_available():
-        return float(torch.cuda.max_memory_allocated()) / 1e9
+        free, total = torch.cuda.mem_get_info()
+        beside = total - free - torch.cuda.memory_reserved()
+        return float(torch.cuda.max_memory_reserved() + beside) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 

@@ -7,6 +7,8 @@ from pydantic import Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.errors import FinetuneError
+from finetune.planning.cost import refuse_above
+from finetune.planning.history import Measurement
 from finetune.planning.models import Method, Task, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan
@@ -40,7 +42,10 @@ LOGGED = {"final_loss", "training_steps", "gpu_hours", "tokens_seen", "tokens_pe
 class PlanConfig(dg.Config):
     """What the plan may not choose; what is left out, it chooses. The defaults are the environment's."""
 
-    method: str = Field(SETTINGS.training_method, description="lora, qlora (4-bit base), prefix or ia3.")
+    method: str | None = Field(
+        SETTINGS.training_method,
+        description="lora, qlora (4-bit base), prefix or ia3; unset: lora, or qlora where lora does not fit.",
+    )
     task: str = Field(SETTINGS.training_task, description="instruction, domain, chat or style.")
     lora_rank: int | None = Field(SETTINGS.lora_rank, description="Rank of the adapter.")
     epochs: float | None = Field(SETTINGS.train_epochs, description="Passes over the data.")
@@ -61,20 +66,28 @@ class PlanConfig(dg.Config):
     description="Trial configuration, search space and memory estimate, each choice with its reason.",
 )
 def training_plan(
-    context: dg.AssetExecutionContext, config: PlanConfig, dataset_profile: DatasetProfile, base_model: BaseModelSource
+    context: dg.AssetExecutionContext,
+    config: PlanConfig,
+    dataset_profile: DatasetProfile,
+    base_model: BaseModelSource,
+    run_log: RunLog,
 ) -> dg.MaterializeResult[TrainingPlan]:
-    """Choose what the configuration leaves open, and say why."""
+    """Choose what the configuration leaves open, and say why; earlier trainings of the model correct the estimates."""
     overrides = PlanOverrides.model_validate(config.model_dump(exclude={"method", "task", "vram_limit_gb"}))
+    base = base_model.resolve(log_progress(context), weights=False)
     plan = make_plan(
-        base_model.resolve(log_progress(context), weights=False).path,
+        base.path,
         dataset_profile,
         task=choice(Task, "task", config.task),
-        method=choice(Method, "method", config.method),
+        method=None if config.method is None else choice(Method, "method", config.method),
         overrides=overrides,
         vram_limit_gb=config.vram_limit_gb,
         device=SETTINGS.device,
+        history=run_log.measurements(base.name, SETTINGS.device),
+        stated_tokens_per_second=SETTINGS.tokens_per_second,
+        price_per_gpu_hour=SETTINGS.gpu_hour_price,
     )
-    trial, memory = plan.trial_config, plan.memory_estimate
+    trial, memory, cost = plan.trial_config, plan.memory_estimate, plan.cost
     return dg.MaterializeResult(
         value=plan,
         data_version=dg.DataVersion(trial.trial_id),
@@ -88,6 +101,11 @@ def training_plan(
             "trainable_params": memory.trainable_params,
             "memory_parts": table([{"part": name, "gb": value} for name, value in memory.parts.items()]),
             "estimated_steps": plan.estimated_steps,
+            "estimated_tokens": plan.estimated_tokens or 0,
+            "estimated_gpu_hours": "unknown" if cost is None or cost.gpu_hours is None else cost.gpu_hours,
+            "estimated_price": "unknown" if cost is None or cost.price is None else cost.price,
+            "throughput": "unknown" if cost is None else cost.throughput,
+            "max_gpu_hours": "no limit" if SETTINGS.max_gpu_hours is None else SETTINGS.max_gpu_hours,
             "why": dg.MetadataValue.md("\n".join(f"- {line}" for line in plan.explanations)),
         },
     )
@@ -181,13 +199,17 @@ def _train(
     if is_complete(request.adapter_dir):
         result = trainer.train(request, on_progress=report, on_external_run=lambda run, url: None)
         # An attempt that was killed between publication and its last word left its row RUNNING.
-        run_log.settle(
+        settled = run_log.settle(
             run_id=request.run_id,
             adapter_path=request.adapter_dir,
             metrics=_logged(result),
             dagster_root_run_id=root_run_id,
         )
+        for row_id in settled:
+            if measurement := _measurement(request, result):
+                run_log.measured(row_id, measurement)
         return result
+    refuse_above(request.plan, SETTINGS.max_gpu_hours)
     with run_log.recording(
         run_id=request.run_id,
         dataset_paths=[SETTINGS.exports / name for name in request.dataset.records_by_file],
@@ -225,8 +247,26 @@ def _train(
             if run and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
                 run_log.fail(row.id, "the run was cancelled; " + _cancel(trainer, request))
             raise
+        if measurement := _measurement(request, result):
+            row.measured(measurement)
         row.complete(result.adapter_path, _logged(result))
     return result
+
+
+def _measurement(request: TrainingRequest, result: TrainingResult) -> Measurement | None:
+    """What the training took, for the next plan; nothing is known of trainings that run elsewhere."""
+    if result.device is None:
+        return None
+    trial, memory = request.plan.trial_config, request.plan.memory_estimate
+    # A pass that was made smaller, since memory ran out, is not the one that was estimated.
+    as_planned = result.micro_batch == trial.micro_batch
+    return Measurement(
+        method=trial.method,
+        device=result.device,
+        estimated_memory_gb=memory.vram_gb / memory.correction if as_planned else None,
+        peak_memory_gb=result.peak_memory_gb,
+        tokens_per_second=result.tokens_per_second,
+    )
 
 
 def _cancel(trainer: LoraTrainer, request: TrainingRequest) -> str:

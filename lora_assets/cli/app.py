@@ -9,7 +9,7 @@ import warnings
 import typer
 from dagster_shared.utils.warnings import PreviewWarning
 
-from lora_assets.cli import deletions, demo, push, registry, run, samples, serve, show, tools
+from lora_assets.cli import deletions, demo, plan, push, registry, run, samples, serve, show, tools
 
 app = typer.Typer(
     name="lora-assets",
@@ -28,7 +28,7 @@ app.add_typer(registry.app, name="registry")
 app.command("export-samples", epilog="Example: lora-assets export-samples --since 2026-06-01 --until 2026-06-02")(
     samples.export_samples
 )
-app.command(epilog="Example: lora-assets plan --base-model llama3-8b --vram-limit-gb 24")(tools.plan)
+app.command(epilog="Example: lora-assets plan --base-model llama3-8b --vram-limit-gb 24")(plan.plan)
 app.command(epilog="Example: lora-assets train --base-model llama3-8b --dataset train.jsonl --output a")(tools.train)
 app.command(epilog="Example: lora-assets evaluate --adapter A --dataset eval.jsonl --output report")(tools.evaluate)
 app.command(epilog="Example: lora-assets merge --base-model llama3-8b --adapter A --output merged")(tools.merge)

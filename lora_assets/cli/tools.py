@@ -11,9 +11,8 @@ from pydantic import BaseModel
 from finetune.base_model.models import BaseModelRef
 from finetune.base_model.resolve import resolve_base_model
 from finetune.dataset.discovery import discover_exports
-from finetune.dataset.models import DatasetProfile
 from finetune.errors import ConfigurationError
-from finetune.planning.models import Method, Task, TrainableMethod
+from finetune.planning.models import TrainableMethod
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from lora_assets.cli.console import Json, err, plain_errors, print_json, print_table, read_model
 from lora_assets.settings import Quantization, load_settings
@@ -93,47 +92,14 @@ def analyze(
 
 
 @plain_errors
-def plan(
-    base_model: BaseModelOption = None,
-    dataset_profile: Annotated[
-        Path | None, typer.Option(help="JSON of `dataset analyze --json`; without it, a made-up small dataset.")
-    ] = None,
-    method: Annotated[Method, typer.Option(help="How to train.")] = "lora",
-    task: Annotated[Task, typer.Option(help="What the adapter is for.")] = "instruction",
-    vram_limit_gb: Annotated[float | None, typer.Option(help="Memory of the card in GB.")] = None,
-    rank: Annotated[int | None, typer.Option(min=1, help="Rank of the adapter.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=8, help="Tokens per record.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(min=1, help="Records per forward pass.")] = None,
-    attention: AttentionOption = None,
-    as_json: Json = False,
-) -> None:
-    """Plan a training: configuration, search space and memory, each choice with its reason."""
-    from finetune.planning.overrides import PlanOverrides
-    from finetune.planning.plan import make_plan
-
-    settings = load_settings()
-    profile = read_model(dataset_profile, DatasetProfile) if dataset_profile else ASSUMED_PROFILE
-    # A directory may hold the configuration alone: a plan needs no more.
-    local = base_model is not None and Path(base_model).is_dir()
-    result = make_plan(
-        Path(base_model or "") if local else find_base(base_model, weights=False).path,
-        profile,
-        task=task,
-        method=method,
-        overrides=PlanOverrides(lora_rank=rank, max_length=max_length, micro_batch=micro_batch, attention=attention),
-        vram_limit_gb=vram_limit_gb or settings.vram_limit_gb,
-        device=settings.device,
-    )
-    show(result, as_json)
-
-
-@plain_errors
 def train(
     dataset: Annotated[Path, typer.Option("--dataset", help="Records to train on, as JSONL.")],
     output: OutputOption,
     base_model: BaseModelOption = None,
     plan: Annotated[Path | None, typer.Option(help="JSON of `plan --json`; without it, one is made.")] = None,
-    method: Annotated[TrainableMethod, typer.Option(help="How to train, where a plan is made.")] = "lora",
+    method: Annotated[
+        TrainableMethod | None, typer.Option(help="How to train, where a plan is made; default: TRAINING_METHOD.")
+    ] = None,
     attention: AttentionOption = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything up to loading the model.")] = False,
     as_json: Json = False,
@@ -141,6 +107,7 @@ def train(
     """Train an adapter on a file of records; killed and run again, it goes on from its last checkpoint."""
     from finetune.chat.encode import RecordEncoder
     from finetune.dataset.profile import analyze as analyze_path
+    from finetune.planning.cost import refuse_above
     from finetune.planning.models import TrainingPlan
     from finetune.planning.overrides import PlanOverrides
     from finetune.planning.plan import make_plan
@@ -167,28 +134,17 @@ def train(
             base.path,
             analyze_path(dataset, format="jsonl", encoder=RecordEncoder.load(base.path)),
             task=settings.training_task,
-            method=method,
+            method=method or settings.training_method,
             overrides=overrides,
             vram_limit_gb=settings.vram_limit_gb,
             device=settings.device,
+            stated_tokens_per_second=settings.tokens_per_second,
+            price_per_gpu_hour=settings.gpu_hour_price,
         )
+    refuse_above(chosen, settings.max_gpu_hours)
     request = request_for_file(dataset, plan=chosen, base_model=base, output=output.absolute())
     result = try_out(request) if dry_run else train_adapter(request, on_progress=progress(as_json))
     show(result, as_json)
-
-
-# What a plan without a dataset is made for: a thousand records of a paragraph each.
-ASSUMED_PROFILE = DatasetProfile(
-    total_samples=1000,
-    format_detected="assumed",
-    has_instruction=True,
-    has_output=True,
-    avg_tokens=300,
-    max_tokens=1000,
-    columns=[],
-    duplicates_found=0,
-    total_tokens=300_000,
-)
 
 
 @plain_errors

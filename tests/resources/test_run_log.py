@@ -9,7 +9,11 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from finetune.dataset.models import DatasetProfile
 from finetune.errors import ConfigurationError, RemoteError
+from finetune.planning.history import Measurement
+from finetune.planning.models import Method, TrainingPlan
+from finetune.planning.plan import make_plan
 from resources.run_log import RunLog
 
 # The user's own statement, by which the table may have been made long before this program came.
@@ -77,7 +81,8 @@ def test_a_run_is_running_then_completed_with_its_metrics(log: RunLog) -> None:
 def test_the_table_is_the_users_to_the_letter(log: RunLog, database: str) -> None:
     log.recent()
     made_by_us = sql(database, COLUMNS), sql(database, INDEXES)
-    sql(database, "ALTER TABLE lora_training_run_details DROP CONSTRAINT lora_training_run_details_id_fkey")
+    for beside in ("lora_training_run_details", "lora_training_run_measurements"):
+        sql(database, f"ALTER TABLE {beside} DROP CONSTRAINT {beside}_id_fkey")
     sql(database, "DROP TABLE lora_training_runs")
     sql(database, BY_HAND)
     assert (sql(database, COLUMNS), sql(database, INDEXES)) == made_by_us
@@ -324,3 +329,74 @@ def test_it_serves_as_a_dagster_resource_and_lets_go_at_the_end(data_root: Path)
     log = RunLog(data_dir=str(data_root))
     assert [(row.status, row.dagster_run_id) for row in log.recent()] == [("COMPLETED", result.run_id)]
     log.close()
+
+
+def test_what_trainings_took_is_told_for_the_model_and_the_kind_of_device_newest_first(log: RunLog) -> None:
+    def train(run_id: str, device: str, peak: float, base_model: str = "tiny", complete: bool = True) -> None:
+        row_id = log.start(**{**FACTS, "run_id": run_id, "base_model": base_model})
+        log.measured(
+            row_id,
+            Measurement(
+                method="lora", device=device, estimated_memory_gb=2.0, peak_memory_gb=peak, tokens_per_second=100.0
+            ),
+        )
+        if complete:
+            log.complete(row_id, "/a", {})
+
+    train("r1", "NVIDIA L4", 1.0)
+    train("r2", "NVIDIA L4", 3.0)
+    train("r3", "cpu", 9.0)
+    train("r4", "NVIDIA L4", 9.0, base_model="other")
+    train("r5", "NVIDIA L4", 9.0, complete=False)
+
+    measured = log.measurements("tiny", "cuda")
+
+    assert [run.peak_memory_gb for run in measured] == [3.0, 1.0]
+    assert measured[0].tokens_per_second == 100.0
+    assert [run.peak_memory_gb for run in log.measurements("tiny", "cpu")] == [9.0]
+    assert [run.peak_memory_gb for run in log.measurements("tiny", "cuda", limit=1)] == [3.0]
+
+
+def test_what_trainings_took_corrects_the_next_plan_of_the_same_model_and_method(log: RunLog, tmp_path: Path) -> None:
+    model = Path(__file__).parents[2] / "benchmarks" / "memory" / "models" / "tiny-llama-1.1b"
+    profile = DatasetProfile(
+        total_samples=1000,
+        format_detected="jsonl",
+        has_instruction=True,
+        has_output=True,
+        avg_tokens=200,
+        max_tokens=500,
+        columns=[],
+        duplicates_found=0,
+        total_tokens=200_000,
+    )
+
+    def plan(method: Method) -> TrainingPlan:
+        history = log.measurements("tiny", "cuda")
+        return make_plan(model, profile, method=method, device="cuda", vram_limit_gb=80, history=history)
+
+    before = plan("lora")
+    took = before.memory_estimate.vram_gb * 1.2
+    for run_id, peak in enumerate([took, took, 50 * took]):
+        with log.recording(**{**FACTS, "run_id": f"r{run_id}"}) as row:
+            row.measured(
+                Measurement(
+                    method="lora",
+                    device="NVIDIA L4",
+                    estimated_memory_gb=before.memory_estimate.vram_gb,
+                    peak_memory_gb=peak,
+                    tokens_per_second=5000,
+                )
+            )
+            row.complete("/a", {})
+
+    after = plan("lora")
+
+    assert after.memory_estimate.vram_gb == pytest.approx(took, rel=1e-5), "one odd run decides nothing"
+    assert after.memory_estimate.correction == pytest.approx(1.2)
+    assert sum(after.memory_estimate.parts.values()) == pytest.approx(took, rel=1e-5)
+    assert any("last 3 trainings by lora" in line for line in after.explanations)
+    assert after.cost is not None
+    assert after.cost.throughput == "measured, median of 3"
+    assert after.cost.gpu_hours == pytest.approx(600_000 / 5000 / 3600)
+    assert plan("qlora").memory_estimate.correction == 1.0

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import inspect
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,11 @@ import pytest
 
 from finetune.dataset.models import DatasetProfile, Truncation
 from finetune.errors import ConfigurationError
+from finetune.planning import rules
+from finetune.planning.models import Method
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan, trial_id_of
+from finetune.training.data import total_steps
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -143,16 +148,86 @@ def test_equal_plans_have_equal_names_and_any_change_gives_another(llama_8b: Pat
     assert trial_id_of(first.model_copy(update={"seed": 1})) != first.trial_id
 
 
-def test_the_search_space_holds_the_choice(llama_8b: Path) -> None:
-    plan = make_plan(llama_8b, profile_of())
-    for name, dimension in plan.search_space.items():
-        value = getattr(plan.trial_config, name)
-        if dimension.choices is not None:
-            assert value in dimension.choices
-        else:
-            assert dimension.low is not None
-            assert dimension.high is not None
-            assert dimension.low <= value <= dimension.high
+ALWAYS = {
+    "method",
+    "learning_rate",
+    "lr_schedule",
+    "warmup_ratio",
+    "weight_decay",
+    "micro_batch",
+    "accumulation",
+    "epochs",
+    "max_length",
+    "packing",
+    "precision",
+    "seed",
+}
+LORA = {"lora_rank", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "target_modules"}
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [("lora", ALWAYS | LORA), ("qlora", ALWAYS | LORA), ("prefix", ALWAYS | {"virtual_tokens"}), ("ia3", ALWAYS)],
+)
+def test_the_search_space_has_all_hyper_parameters_and_holds_the_choice(
+    llama_8b: Path, method: Method, names: set[str]
+) -> None:
+    given = PlanOverrides(max_length=333, micro_batch=3, accumulation=5, warmup_ratio=0.2, seed=7)
+    for overrides in (PlanOverrides(), given):
+        plan = make_plan(llama_8b, profile_of(), method=method, overrides=overrides, device="cuda")
+        assert set(plan.search_space) == names
+        for name, dimension in plan.search_space.items():
+            value = getattr(plan.trial_config, name)
+            if dimension.choices is not None:
+                assert value in dimension.choices
+            else:
+                assert dimension.low is not None
+                assert dimension.high is not None
+                assert dimension.low <= value <= dimension.high
+
+
+def test_the_search_space_holds_nothing_that_the_memory_cannot(llama_8b: Path) -> None:
+    wide = make_plan(llama_8b, profile_of(), device="cuda", vram_limit_gb=1000)
+    limit = math.ceil(wide.memory_estimate.vram_gb)
+    tight = make_plan(llama_8b, profile_of(), device="cuda", vram_limit_gb=limit)
+    for name in ("micro_batch", "max_length"):
+        chosen = getattr(tight.trial_config, name)
+        assert max(wide.search_space[name].choices or []) == 2 * chosen
+        assert max(tight.search_space[name].choices or []) == chosen
+
+
+def test_a_method_given_is_kept_where_it_does_not_fit(llama_8b: Path) -> None:
+    assert make_plan(llama_8b, profile_of(), device="cuda", vram_limit_gb=12).trial_config.method == "qlora"
+    with pytest.raises(ConfigurationError, match="give up a value that was fixed"):
+        make_plan(llama_8b, profile_of(), device="cuda", vram_limit_gb=12, method="lora")
+
+
+def test_models_that_bound_their_attention_scores_get_eager_attention(llama_8b: Path) -> None:
+    (llama_8b / "config.json").write_text(
+        json.dumps({**LLAMA_8B, "model_type": "gemma2", "attn_logit_softcapping": 50.0})
+    )
+    assert make_plan(llama_8b, profile_of()).trial_config.attention == "eager"
+    with pytest.raises(ConfigurationError, match="have no sdpa"):
+        make_plan(llama_8b, profile_of(), overrides=PlanOverrides(attention="sdpa"))
+
+
+def test_every_choice_is_explained_in_one_line(llama_8b: Path) -> None:
+    plan = make_plan(llama_8b, profile_of(), device="cuda", vram_limit_gb=12)
+    explained = {line.split()[0] for line in plan.explanations}
+    assert explained >= set(plan.trial_config.model_dump(exclude={"trial_id", "task", "max_steps", "virtual_tokens"}))
+    assert all("\n" not in line and ": " in line for line in plan.explanations)
+
+
+def test_each_rule_names_its_source() -> None:
+    functions = [value for name, value in vars(rules).items() if inspect.isfunction(value) and name[0] != "_"]
+    assert len(functions) >= 14
+    assert [function.__name__ for function in functions if "Source: " not in (function.__doc__ or "")] == []
+
+
+def test_steps_are_those_that_the_trainer_counts(llama_8b: Path) -> None:
+    for records, given in [(1001, {}), (40, {"micro_batch": 3, "accumulation": 3}), (999, {"epochs": 0.5})]:
+        plan = make_plan(llama_8b, profile_of(records), overrides=PlanOverrides.model_validate(given))
+        assert plan.estimated_steps == total_steps(records, plan.trial_config)
 
 
 def test_planning_needs_no_training_library() -> None:
