@@ -176,6 +176,7 @@ def gguf_answers_like_merged_model(
     )
 
 
+GGUF_CHECK = gguf_answers_like_merged_model
 ALL_CHECKS = [
     dataset_whole_and_not_empty,
     reject_rate_under_threshold,

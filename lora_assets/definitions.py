@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from finetune.errors import ConfigurationError
 from lora_assets.assets import dataset, evaluation, export, training
-from lora_assets.checks import ALL_CHECKS
+from lora_assets.checks import ALL_CHECKS, GGUF_CHECK
 from lora_assets.jobs import train_and_export
 from lora_assets.partitions import dataset_dates
 from lora_assets.runner import console
@@ -135,11 +135,11 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             evaluation.eval_report,
             evaluation.registered_adapter,
             export.merged_model,
-            export.gguf,
+            *([export.gguf] if settings.needs_gguf else []),
             *([export.modelfile] if "ollama" in settings.targets else []),
             *([export.lmstudio_export] if "lmstudio" in settings.targets else []),
         ],
-        asset_checks=ALL_CHECKS,
+        asset_checks=[check for check in ALL_CHECKS if settings.needs_gguf or check is not GGUF_CHECK],
         jobs=[train_and_export],
         sensors=[
             build_export_arrival_sensor(

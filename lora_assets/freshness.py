@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune.dataset.discovery import ExportFile, stat_fingerprint, window_of
 from finetune.dataset.models import PreparedDataset
-from finetune.export.models import GgufExport, LmStudioExport, OllamaExport
+from finetune.export.models import GgufExport, LmStudioExport, MergedModel, OllamaExport
 from finetune.publishing import is_complete
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.promotion import champion
@@ -85,6 +85,13 @@ def _judge(
 
 def _export_missing(settings: Settings, date: str, run_id: str) -> str | None:
     """Why the champion's exports are not those that the settings ask for, or None if they are."""
+    merged = read_value(settings, "merged_model", date, MergedModel)
+    if merged is None or merged.run_id != run_id or not is_complete(merged.path):
+        return "not exported: merged_model"
+    return _gguf_missing(settings, date, run_id) if settings.needs_gguf else None
+
+
+def _gguf_missing(settings: Settings, date: str, run_id: str) -> str | None:
     gguf = read_value(settings, "gguf", date, GgufExport)
     if gguf is None or gguf.run_id != run_id or not is_complete(gguf.path):
         return "not exported: gguf"

@@ -22,7 +22,7 @@ from finetune.layout import DataLayout
 from finetune.planning.models import Task, TrainableMethod
 from finetune.publishing import sha256_json
 
-ExportTarget = Literal["ollama", "lmstudio"]
+ExportTarget = Literal["ollama", "lmstudio", "gguf", "vllm"]
 Quantization = Literal["F16", "BF16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"]
 # Read by a validator of ours: a syntax error is told like any other wrong value.
 JsonObject = Annotated[dict[str, Any], NoDecode]
@@ -142,12 +142,13 @@ class Settings(BaseSettings):
     h2o_timing: JsonObject = Field(
         {}, description="JSON object of time-outs, intervals and budgets in seconds (docs/h2o.md)."
     )
-    h2o_limits: JsonObject = Field(
-        {}, description="JSON object of limits on what the server may send (docs/h2o.md)."
-    )
+    h2o_limits: JsonObject = Field({}, description="JSON object of limits on what the server may send (docs/h2o.md).")
 
     gguf_quantization: Quantization = Field("Q4_K_M", description="Type of the GGUF that is served.")
-    export_targets: str = Field("ollama,lmstudio", description="Comma-separated: ollama, lmstudio.")
+    export_targets: str = Field(
+        "ollama,lmstudio",
+        description="Comma-separated: ollama, lmstudio, gguf, vllm (the merged model, which is always made).",
+    )
     ollama_host: str | None = Field(None, description="Ollama server on which models are created; unset: none.")
     ollama_model_name: str = Field("predator-v21", description="Name of the created model, before :run_id.")
     lmstudio_publisher: str = Field("lora-assets", description="Folder above the model in LM Studio's layout.")
@@ -252,6 +253,11 @@ class Settings(BaseSettings):
     def targets(self) -> list[str]:
         """The serving exports asked for."""
         return [target for target in self.export_targets.split(",") if target]
+
+    @property
+    def needs_gguf(self) -> bool:
+        """Whether any target is served from GGUF files."""
+        return set(self.targets) != {"vllm"}
 
     @property
     def sample_columns(self) -> dict[str, str]:

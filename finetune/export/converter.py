@@ -129,8 +129,8 @@ class Conversions:
         raise ExportError(
             f"llama.cpp's converter failed: {message}{detail}",
             where=source,
-            remedy="llama.cpp must support the model's architecture and tokenizer: use another base model, or serve "
-            "the merged model with vLLM",
+            remedy="llama.cpp must support the model's architecture and tokenizer: use another base model, or set "
+            "EXPORT_TARGETS=vllm to go without GGUF",
         )
 
 
@@ -171,7 +171,8 @@ def _fold_scales(adapter: Path, output: Path) -> Path:
         raise ExportError(
             "llama.cpp runs plain LoRA adapters only; this one cannot be written as GGUF",
             where=adapter,
-            remedy="Export the merged model alone",
+            remedy="Set EXPORT_TARGETS=vllm to go without GGUF; `lora-assets merge --format gguf` converts the merged "
+            "model alone",
         )
     if config.get("fan_in_fan_out"):
         raise ExportError("an adapter with fan_in_fan_out cannot be written as GGUF", where=adapter)

@@ -69,6 +69,17 @@ def test_the_assets_depend_on_each_other_as_designed(defs: dg.Definitions) -> No
     assert found == GRAPH
 
 
+def test_without_a_target_that_needs_gguf_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EXPORT_TARGETS", "vllm")
+    from lora_assets.definitions import build_definitions
+    from lora_assets.settings import load_settings
+
+    merged_alone = build_definitions(load_settings())
+    found = {key.path[-1] for key in merged_alone.resolve_asset_graph().materializable_asset_keys}
+    assert found == GRAPH.keys() - {"gguf", "modelfile", "lmstudio_export"}
+    dg.Definitions.validate_loadable(merged_alone)
+
+
 def test_every_asset_has_what_a_person_reads_in_the_ui(defs: dg.Definitions) -> None:
     graph = defs.resolve_asset_graph()
     for key in graph.get_all_asset_keys():

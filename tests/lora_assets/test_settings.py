@@ -46,7 +46,7 @@ def test_every_name_of_the_specification_is_read_as_it_stands_there(monkeypatch:
         ("TRAINING_BACKEND", "openai", ["TRAINING_BACKEND=openai", "hf-peft", "h2o"]),
         ("LORA_RANK", "eight", ["LORA_RANK=eight", "integer"]),
         ("LORA_RANK", "0", ["LORA_RANK=0", "greater than or equal to 1"]),
-        ("EXPORT_TARGETS", "ollama,vllm", ["EXPORT_TARGETS", "vllm", "lmstudio"]),
+        ("EXPORT_TARGETS", "ollama,tensorrt", ["EXPORT_TARGETS", "tensorrt", "lmstudio"]),
         ("DATASET_WINDOW", "last:x", ["DATASET_WINDOW=last:x", "last:N"]),
         ("GGUF_QUANTIZATION", "Q3", ["GGUF_QUANTIZATION=Q3", "Q4_K_M"]),
         ("PIPELINE_NAME", "../brain", ["PIPELINE_NAME=../brain"]),
