@@ -131,6 +131,13 @@ class Settings(BaseSettings):
         description="Nats per token by which a new champion's loss must be lower at the worse end of its interval.",
     )
 
+    regressions_dir: Path | None = Field(
+        None,
+        description="Prompts (*.jsonl) that a champion must answer as expected; unset: DATA_ROOT/regressions.",
+    )
+    eval_tasks: str = Field("", description="Comma-separated tasks of lm-eval (extra lm-eval); unset: none.")
+    eval_tasks_dir: Path | None = Field(None, description="Directory of your own tasks' YAML files; unset: none.")
+
     h2o_api_url: str | None = Field(None, description="H2O LLM Studio's address; needed with TRAINING_BACKEND=h2o.")
     h2o_api_key: SecretStr | None = Field(None, description="Bearer key for H2O_API_URL.")
     h2o_ca_file: Path | None = Field(
@@ -220,7 +227,7 @@ class Settings(BaseSettings):
             raise ValueError("not the URL of a PostgreSQL server: postgresql://user:password@host:5432/database")
         return value
 
-    @field_validator("data_root", "exports_dir", "deletion_list", "h2o_ca_file")
+    @field_validator("data_root", "exports_dir", "deletion_list", "h2o_ca_file", "regressions_dir", "eval_tasks_dir")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         # Paths end in manifests and reach processes that run elsewhere.
@@ -248,6 +255,17 @@ class Settings(BaseSettings):
     def pattern(self) -> str:
         """The watched file names."""
         return self.exports_pattern or f"{self.pipeline_name}_dataset_*.jsonl"
+
+    @property
+    def regressions(self) -> Path | None:
+        """The directory of regression prompts; one that was named must exist, the usual one may be missing."""
+        usual = self.data_root / "regressions"
+        return self.regressions_dir or (usual if usual.is_dir() else None)
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of lm-eval asked for."""
+        return [task.strip() for task in self.eval_tasks.split(",") if task.strip()]
 
     @property
     def targets(self) -> list[str]:

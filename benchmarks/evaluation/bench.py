@@ -101,11 +101,13 @@ from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
 from finetune.evaluation.heldout import read_heldout
 from finetune.evaluation.measure import measure
+from finetune.evaluation.tasks import EvalTasks
 base, dataset, adapter, length, batch, output = sys.argv[1:]
 encoder = RecordEncoder.load(Path(base))
 held_out = read_heldout(Path(dataset), encoder, max_length=int(length))
 found = measure(BaseModelRef(name="bench", path=Path(base), revision=None, fingerprint="0" * 32), Path(adapter),
-    champion=None, encoder=encoder, held_out=held_out, questions=[], cases=[], on_progress=lambda event: None)
+    champion=None, encoder=encoder, held_out=held_out, questions=[], cases=[], tasks=EvalTasks([]),
+    on_progress=lambda event: None)
 def as_the_trainer(scores):
     size, count = int(batch), len(scores.nats)
     batches = [slice(i, min(i + size, count)) for i in range(0, count, size)]

@@ -20,6 +20,7 @@ from finetune.evaluation.models import ChampionComparison, ChampionRef, EvalRepo
 from finetune.evaluation.plots import change_by_record_png, loss_histogram_png
 from finetune.evaluation.regressions import fingerprint, read_regressions
 from finetune.evaluation.report import render_report
+from finetune.evaluation.tasks import EvalTasks
 from finetune.progress import Progress, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest, sha256_file, sha256_json
 
@@ -37,6 +38,7 @@ def evaluate_adapter(
     run_id: str,
     champion: ChampionRef | None = None,
     regressions: Path | None = None,
+    tasks: EvalTasks | None = None,
     max_length: int,
     on_progress: Progress = ignore_progress,
     sample_answers: int = 12,
@@ -57,6 +59,7 @@ def evaluate_adapter(
         run_id: the training's id.
         champion: the reigning champion; compared if it is another adapter of the same base model.
         regressions: a directory of fixed prompts (`finetune.evaluation.regressions`) to put to the adapter.
+        tasks: tasks of lm-eval to run on base and adapter.
         max_length: records are cut at so many tokens, as in training.
         on_progress: told of every batch.
         sample_answers: how many held-out questions are answered side by side.
@@ -64,7 +67,7 @@ def evaluate_adapter(
 
     Raises:
         DatasetError: no held-out record can be scored.
-        ConfigurationError: the regression prompts are not as they should be.
+        ConfigurationError: the regression prompts are not as they should be, or a task cannot be run.
         BaseModelError: the base model cannot be loaded.
         ArtifactError: an adapter is damaged, does not fit the base model, or gives losses that are no numbers.
     """
@@ -74,11 +77,13 @@ def evaluate_adapter(
     if champion is not None and (reigns_already or champion.base_fingerprint != base_model.fingerprint):
         champion = None
     cases = [] if regressions is None else read_regressions(regressions)
+    tasks = tasks or EvalTasks([])
     inputs = {
         "base_fingerprint": base_model.fingerprint,
         "adapter_hash": hash_of_adapter,
         "dataset_sha256": sha256_file(dataset) if dataset.is_file() else None,
         "regressions": fingerprint(cases),
+        "tasks": tasks.fingerprint(),
     }
     parameters = {
         "method": _METHOD,
@@ -104,6 +109,7 @@ def evaluate_adapter(
         held_out=held_out,
         questions=questions,
         cases=cases,
+        tasks=tasks,
         on_progress=on_progress,
     )
     report = EvalReport(
@@ -121,6 +127,7 @@ def evaluate_adapter(
         **group_figures(held_out, measured.base, measured.adapter),
         regressions=len(cases),
         failed_regressions=measured.failed_regressions,
+        tasks=measured.tasks,
         seconds=time.monotonic() - started,
     )
     with publish_directory(output_dir, kind=_KIND) as staging:

@@ -15,9 +15,10 @@ from finetune.errors import ArtifactError
 from finetune.evaluation.adapters import attached, load_base
 from finetune.evaluation.generation import greedy_answers
 from finetune.evaluation.heldout import HeldOut, Question
-from finetune.evaluation.models import ChampionRef, FailedRegression
+from finetune.evaluation.models import ChampionRef, FailedRegression, TaskScore
 from finetune.evaluation.regressions import Regression, failures
 from finetune.evaluation.scoring import Scores, score
+from finetune.evaluation.tasks import EvalTasks, find_tasks, run_tasks, task_scores
 from finetune.progress import Progress, ProgressEvent
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Measured:
     base_answers: list[str]
     answers: list[str]
     failed_regressions: list[FailedRegression]
+    tasks: list[TaskScore]
 
 
 def measure(
@@ -47,14 +49,17 @@ def measure(
     held_out: HeldOut,
     questions: Sequence[Question],
     cases: Sequence[Regression],
+    tasks: EvalTasks,
     on_progress: Progress,
 ) -> Measured:
     """Put everything to the base model, to the adapter, and the records to the champion too.
 
     Raises:
+        ConfigurationError: a task cannot be run.
         BaseModelError: the base model cannot be loaded.
         ArtifactError: an adapter is damaged, does not fit the base model, or gives losses that are no numbers.
     """
+    manager = find_tasks(tasks)
     model = load_base(base_model)
     total = (2 if champion is None else 3) * len(held_out.records)
     done = 0
@@ -83,14 +88,16 @@ def measure(
         return found
 
     base, base_answers = scores(model, "the base model", base_model.path), _answers(model, encoder, questions)
+    base_tasks = run_tasks(model, base_model.path, tasks, manager)
     with attached(model, adapter_path) as adapted:
         adapter, answers = scores(adapted, "the adapter", adapter_path), _answers(adapted, encoder, questions)
         failed = failures(cases, _continuations(adapted, encoder, cases))
+        found_tasks = task_scores(base_tasks, run_tasks(adapted, base_model.path, tasks, manager))
     rival = None
     if champion is not None:
         with attached(model, champion.adapter_path) as reigning:
             rival = scores(reigning, f"the champion {champion.version}", champion.adapter_path)
-    return Measured(base, adapter, rival, base_answers, answers, failed)
+    return Measured(base, adapter, rival, base_answers, answers, failed, found_tasks)
 
 
 def _answers(model: Module, encoder: RecordEncoder, questions: Sequence[Question]) -> list[str]:

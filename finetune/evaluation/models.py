@@ -77,6 +77,17 @@ class FailedRegression(BaseModel):
     why: str
 
 
+class TaskScore(BaseModel):
+    """A figure of a task of lm-eval, without and with the adapter."""
+
+    model_config = ConfigDict(frozen=True)
+
+    task: str
+    metric: str
+    base: float
+    adapter: float
+
+
 class EvalReport(BaseModel):
     """Base against adapter on held-out data; losses in nats per token of the assistant's side."""
 
@@ -115,6 +126,7 @@ class EvalReport(BaseModel):
     # fixed prompts that were put to the adapter, and those that it failed
     regressions: int = 0
     failed_regressions: list[FailedRegression] = []
+    tasks: list[TaskScore] = []
     # records that were cut at max_length, and those of which nothing was left to score
     truncated: int = 0
     skipped: int = 0

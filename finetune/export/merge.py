@@ -15,6 +15,7 @@ from finetune.export.card import merged_card
 from finetune.export.merge_check import check_merge
 from finetune.export.models import MergedModel
 from finetune.export.peft_merge import merge_through_peft, refuse_unmergeable
+from finetune.export.quantized_base import measure_quantization_cost, trained_on_quantized_base
 from finetune.export.streaming import can_stream, merge_streaming, read_safetensors_header, shard_paths
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest
@@ -54,7 +55,8 @@ def merge_adapter(
 
     Plain LoRA (also rsLoRA, alpha and rank patterns) is streamed tensor by tensor, bitwise equal to
     peft's default merge; anything else goes through peft itself. With `validate_on`, the merged model
-    must equal base + adapter on those prompts (`check_merge`) before it is published.
+    must equal base + adapter on those prompts (`check_merge`) before it is published, and what merging
+    costs an adapter that was trained on a quantized base (QLoRA) is measured.
 
     Args:
         base_model: the base in its own precision; an adapter trained on a quantized base merges into
@@ -110,6 +112,11 @@ def merge_adapter(
                 base_model=base_model, adapter_path=adapter_path, merged_path=staging.path, prompts=validate_on
             )
             on_progress(ProgressEvent("merge check", check.prompts, check.prompts, "prompts"))
+        cost = None
+        if validate_on is not None and trained_on_quantized_base(adapter_path):
+            cost = measure_quantization_cost(
+                base_model=base_model, adapter_path=adapter_path, merged_path=staging.path, prompts=validate_on
+            )
         (staging.path / "README.md").write_text(merged_card(base_model, run_id), encoding="utf-8")
         result = MergedModel(
             path=output_dir,
@@ -123,6 +130,7 @@ def merge_adapter(
             max_logit_difference=None if check is None else check.max_logit_difference,
             logit_tolerance=None if check is None else check.tolerance,
             greedy_tokens_equal=None if check is None else check.greedy_tokens_equal,
+            quantization_cost=cost,
         )
         staging.inputs = inputs
         staging.parameters = {"base_model": base_model.name, "base_model_revision": base_model.revision}

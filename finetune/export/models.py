@@ -7,6 +7,21 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 
+class QuantizationCost(BaseModel):
+    """A merged model against the quantized base + adapter that was trained, over the latter's own greedy answers."""
+
+    model_config = ConfigDict(frozen=True)
+
+    # mean Kullback-Leibler divergence of the merged model's distributions from the trained ones, nats per token
+    divergence: float
+    # nats per token of these answers; merging costs their difference
+    loss_on_quantized_base: float
+    loss_merged: float
+    # share of tokens for which both would choose the same one
+    greedy_agreement: float
+    tokens: int
+
+
 class MergedModel(BaseModel):
     """Base + adapter as one model in Hugging Face's layout."""
 
@@ -25,6 +40,8 @@ class MergedModel(BaseModel):
     max_logit_difference: float | None
     logit_tolerance: float | None = None
     greedy_tokens_equal: bool | None
+    # of an adapter that was trained on a quantized base (QLoRA), when validate_after_merge was on
+    quantization_cost: QuantizationCost | None = None
     reused: bool = False
 
 

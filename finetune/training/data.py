@@ -53,7 +53,7 @@ class TrainingData:
 
     def as_dataset(self) -> Dataset:
         """The records as a `datasets.Dataset` with the columns ``input_ids`` and ``labels``."""
-        import pyarrow  # type: ignore[import-untyped]  # it has no stubs
+        import pyarrow
         from datasets import Dataset
 
         def column(values: npt.NDArray[np.int32]) -> Any:

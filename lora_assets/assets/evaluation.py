@@ -64,6 +64,7 @@ def eval_report(
 ) -> dg.MaterializeResult[EvalReport]:
     """Evaluate on the prompts that training never saw."""
     from finetune.evaluation.evaluate import evaluate_adapter
+    from finetune.evaluation.tasks import EvalTasks
 
     report = evaluate_adapter(
         base_model=base_model.resolve(log_progress(context)),
@@ -72,6 +73,8 @@ def eval_report(
         output_dir=store.layout.model(adapter.run_id, "evaluation"),
         run_id=adapter.run_id,
         champion=champion_ref(store.layout.registry),
+        regressions=SETTINGS.regressions,
+        tasks=EvalTasks(SETTINGS.tasks, SETTINGS.eval_tasks_dir),
         max_length=training_plan.trial_config.max_length,
         on_progress=log_progress(context),
     )
@@ -95,6 +98,9 @@ def eval_report(
             "against_champion": f"{rival.version}: {rival.delta_vs_champion:+.4f}"
             if rival
             else "no champion to compare",
+            "regressions": f"{report.regressions - len(report.failed_regressions)} of {report.regressions} hold",
+            "failed_regressions": table([case.model_dump() for case in report.failed_regressions]),
+            "tasks": table([score.model_dump() for score in report.tasks]),
             "answers": table([answer.model_dump() for answer in report.answers]),
             "seconds": report.seconds,
             "published": published_files(report.path),

@@ -64,6 +64,9 @@ def merged_model(
             else merged.max_logit_difference,
             "published": published_files(merged.path),
             "greedy_tokens_equal": str(merged.greedy_tokens_equal),
+            "quantization_cost": "not measured: no QLoRA"
+            if merged.quantization_cost is None
+            else dg.MetadataValue.json(merged.quantization_cost.model_dump()),
             "reused": merged.reused,
         },
     )

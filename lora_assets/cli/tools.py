@@ -151,20 +151,33 @@ def train(
 def evaluate(
     adapter: AdapterOption,
     dataset: Annotated[Path, typer.Option("--dataset", help="Held-out records as JSONL.")],
-    output: OutputOption,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Directory that is made; default: evaluation-ADAPTER here.")
+    ] = None,
     base_model: BaseModelOption = None,
     max_length: Annotated[int, typer.Option(min=8, help="Tokens per record, as in training.")] = 1024,
+    regressions: Annotated[
+        Path | None, typer.Option(help="Directory of prompts with expectations; default: REGRESSIONS_DIR.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Tasks of lm-eval, comma-separated; default: EVAL_TASKS.")] = None,
     as_json: Json = False,
 ) -> None:
     """Compare an adapter with its base model on held-out records."""
     from finetune.evaluation.evaluate import evaluate_adapter
+    from finetune.evaluation.tasks import EvalTasks
+
+    settings = load_settings()
+    adapter = adapter.absolute()
+    names = settings.tasks if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
 
     report = evaluate_adapter(
         base_model=find_base(base_model),
         adapter_path=adapter,
         dataset=dataset,
-        output_dir=output.absolute(),
+        output_dir=(output or Path(f"evaluation-{adapter.name}")).absolute(),
         run_id=adapter.name,
+        regressions=regressions or settings.regressions,
+        tasks=EvalTasks(names, settings.eval_tasks_dir),
         max_length=max_length,
         on_progress=progress(as_json),
     )

@@ -19,7 +19,8 @@ from finetune.export.merge import merge_adapter
 from finetune.export.models import GgufExport, MergedModel
 from finetune.export.quantize import quantize_gguf
 from finetune.export.runtime import GgufRuntime
-from finetune.export.verify import LIMITS, Reference, check_tokenization, compare
+from finetune.export.tensor_types import FULL_PRECISIONS
+from finetune.export.verify import LIMITS, Limits, Reference, check_tokenization, compare
 from tests.finetune.export.conftest import DATASET, PROMPTS, QUESTIONS, TAUGHT, MakeAdapter
 
 
@@ -103,12 +104,59 @@ def test_the_comparison_notices_another_models_answers(gguf: GgufExport, merged:
         compare(runtime, reference, LIMITS["F16"])
 
 
-def test_the_tokenization_check_notices_another_tokenizer(
-    gguf: GgufExport, merged: MergedModel, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("quantization", [name for name in LIMITS if name not in FULL_PRECISIONS])
+def test_every_quantization_keeps_its_limits_and_another_models_file_does_not(
+    gguf: GgufExport, merged: MergedModel, tmp_path: Path, quantization: str
 ) -> None:
     reference = Reference(merged.path, PROMPTS)
-    reference.text_ids[0] = reference.text_ids[0][::-1]
-    with GgufRuntime(gguf.full.path) as runtime, pytest.raises(ExportError, match=r"llama\.cpp tokenizes .The quick"):
+    ours, others = tmp_path / "ours.gguf", tmp_path / "others.gguf"
+    quantize_gguf(gguf.full.path, ours, quantization)
+    quantize_gguf(gguf.base.path, others, quantization)
+    with GgufRuntime(ours) as runtime:
+        found = compare(runtime, reference, LIMITS[quantization])
+    assert 0 < found.divergence <= LIMITS[quantization].divergence
+    with GgufRuntime(others) as runtime, pytest.raises(ExportError, match="does not answer like"):
+        compare(runtime, reference, LIMITS[quantization])
+
+
+@pytest.mark.parametrize(
+    "limits", [Limits(1e-2, 1.0, 1e-9, 9.0), Limits(1e-2, 1.0, 9.0, 0.9)], ids=["divergence", "perplexity"]
+)
+def test_divergence_and_perplexity_are_bounded_each_for_itself(
+    gguf: GgufExport, merged: MergedModel, limits: Limits
+) -> None:
+    reference = Reference(merged.path, PROMPTS)
+    with GgufRuntime(gguf.full.path) as runtime:
+        compare(runtime, reference, LIMITS["F16"])
+        with pytest.raises(ExportError, match="100% of greedy tokens equal"):
+            compare(runtime, reference, limits)
+
+
+def test_the_tokenization_check_looks_at_every_text(gguf: GgufExport, merged: MergedModel) -> None:
+    reference = Reference(merged.path, PROMPTS)
+    assert "<|im_start|>" in reference.texts[-len(PROMPTS)]
+    with GgufRuntime(gguf.full.path) as runtime:
+        check_tokenization(runtime, reference)
+        for ids in (*reference.text_ids, *reference.ids):
+            ids.reverse()
+            with pytest.raises(ExportError, match=r"llama\.cpp (tokenizes|makes) "):
+                check_tokenization(runtime, reference)
+            ids.reverse()
+
+
+def test_a_file_with_another_vocabulary_is_refused(gguf: GgufExport, merged: MergedModel, tmp_path: Path) -> None:
+    altered = tmp_path / "altered.gguf"
+    content = gguf.full.path.read_bytes()
+    start = content.index(b"tokenizer.ggml.tokens")
+    head, vocabulary = content[:start], content[start:]
+    # A string in GGUF is its length in 8 bytes and its text: two letters change places.
+    one, other = (b"\x01" + bytes(7) + letter for letter in (b"e", b"t"))
+    assert one in vocabulary
+    assert other in vocabulary
+    swapped = vocabulary.replace(one, b"<mark>", 1).replace(other, one, 1).replace(b"<mark>", other, 1)
+    altered.write_bytes(head + swapped)
+    reference = Reference(merged.path, PROMPTS)
+    with GgufRuntime(altered) as runtime, pytest.raises(ExportError, match=r"llama\.cpp tokenizes "):
         check_tokenization(runtime, reference)
 
 
@@ -168,19 +216,30 @@ def test_the_adapter_gguf_keeps_every_modules_scale(
     def lora(**changes: Any) -> LoraConfig:
         return LoraConfig(r=8, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM", **changes)
 
+    def one_alpha_for_all(adapter: Path, copy: Path) -> Path:
+        shutil.copytree(adapter, copy)
+        config = json.loads((copy / "adapter_config.json").read_text())
+        config |= {"use_rslora": False, "alpha_pattern": {}}
+        (copy / "adapter_config.json").write_text(json.dumps(config))
+        return copy
+
     configs = [lora(use_rslora=True), lora(rank_pattern={"q_proj": 2}, alpha_pattern={"up_proj": 64})]
     adapters = [make_adapter(config, steps=8) for config in configs]
-    outputs = [tmp_path / "rslora.gguf", tmp_path / "patterns.gguf"]
-    jobs = [AdapterConversion(adapter, base.path, output) for adapter, output in zip(adapters, outputs, strict=True)]
+    # What a converter would write that knows `lora_alpha` alone.
+    careless = [one_alpha_for_all(adapter, tmp_path / str(n)) for n, adapter in enumerate(adapters)]
+    sources = [*adapters, *careless]
+    outputs = [tmp_path / f"{n}.gguf" for n in range(len(sources))]
+    jobs = [AdapterConversion(source, base.path, output) for source, output in zip(sources, outputs, strict=True)]
     with Conversions(jobs) as conversions:
         conversions.wait()
-    for adapter, output in zip(adapters, outputs, strict=True):
+    for adapter, right, wrong in zip(adapters, outputs[:2], outputs[2:], strict=True):
         merged = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
         reference = Reference(merged.path, PROMPTS)
-        with GgufRuntime(gguf.base.path, output) as runtime:
+        with GgufRuntime(gguf.base.path, right) as runtime:
             assert compare(runtime, reference, LIMITS["F16"]).divergence < 1e-3
-        with GgufRuntime(gguf.base.path) as runtime, pytest.raises(ExportError):
-            compare(runtime, reference, LIMITS["F16"])
+        for other in (None, wrong):
+            with GgufRuntime(gguf.base.path, other) as runtime, pytest.raises(ExportError):
+                compare(runtime, reference, LIMITS["F16"])
 
 
 def test_an_adapter_that_is_no_plain_lora_is_refused(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.errors import ArtifactError, BaseModelError, ExportError
 from finetune.export.merge import check_merge, merge_adapter
 from finetune.export.models import MergedModel
+from finetune.export.quantized_base import trained_on_quantized_base
 from finetune.publishing import read_manifest
 from tests.finetune.export.conftest import PROMPTS, MakeAdapter
 
@@ -343,6 +344,48 @@ def test_an_incomplete_adapter_is_refused(base: BaseModelRef, adapter: Path, tmp
     shutil.copy(adapter / "adapter_config.json", tmp_path)
     with pytest.raises(ArtifactError, match=r"missing.*adapter_model\.safetensors"):
         merge_adapter(base_model=base, adapter_path=tmp_path, output_dir=tmp_path / "m", run_id="r")
+
+
+def test_merging_a_qlora_adapter_says_what_leaving_the_quantized_base_costs(
+    base: BaseModelRef, adapter: Path, tmp_path: Path
+) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    trained = tmp_path / "adapter"
+    shutil.copytree(adapter, trained)
+    # As training notes it in the manifest of what it made.
+    (trained / "manifest.json").write_text('{"parameters": {"method": "qlora"}}')
+    merged = merge_adapter(
+        base_model=base, adapter_path=trained, output_dir=tmp_path / "m", run_id="r", validate_on=PROMPTS[:1]
+    )
+    cost = merged.quantization_cost
+    assert cost is not None
+    assert cost.divergence > 0
+    assert 0 <= cost.greedy_agreement <= 1
+    # The trained model's own answer, and its loss, once more by hand.
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    model = AutoModelForCausalLM.from_pretrained(base.path, quantization_config=quantization)
+    model = PeftModel.from_pretrained(model, trained).eval()
+    prompt = AutoTokenizer.from_pretrained(base.path).apply_chat_template(
+        PROMPTS[0], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )["input_ids"]
+    answered = model.generate(input_ids=prompt, do_sample=False, max_new_tokens=32)
+    labels = answered.clone()
+    labels[:, : prompt.shape[1]] = -100
+    assert cost.tokens == answered.shape[1] - prompt.shape[1]
+    with torch.no_grad():
+        assert cost.loss_on_quantized_base == pytest.approx(float(model(answered, labels=labels).loss), abs=1e-4)
+        whole = AutoModelForCausalLM.from_pretrained(merged.path)
+        assert cost.loss_merged == pytest.approx(float(whole(answered, labels=labels).loss), abs=1e-4)
+
+
+def test_only_qlora_adapters_are_compared_with_a_quantized_base(merged: MergedModel, tmp_path: Path) -> None:
+    assert merged.quantization_cost is None
+    assert not trained_on_quantized_base(tmp_path)
+    (tmp_path / "experiment_manifest.json").write_text('{"inputs": {"plan": {"method": "qlora"}}}')
+    assert trained_on_quantized_base(tmp_path)
 
 
 def test_a_quantized_base_is_refused(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
