@@ -6,8 +6,8 @@
 | adapter | trained parameters x 4 | PEFT keeps adapters in float32 |
 | gradients | trained parameters x their width | ZeRO (Rajbhandari et al. 2020), section 3 |
 | optimizer | trained parameters x states x their width | ZeRO, section 3; 8-bit: Dettmers et al. 2022 |
-| activations | what backward needs of all layers; with checkpointing each layer's input and one whole layer | \
-`finetune.planning.activations`; checkpointing: Chen et al. 2016 |
+| activations | what all layers keep for backward; with checkpointing (Chen et al. 2016) each layer's input \
+and what one layer keeps | `finetune.planning.activations` |
 | logits | tile by tile, or whole: logits, log-softmax, gradients | the trainer's own code |
 | overhead | CUDA context, and a share that the caching allocator holds without using it | calibrated |
 
@@ -25,7 +25,7 @@ from finetune.planning.model_config import ModelShape
 from finetune.planning.models import MemoryEstimate, Optimizer, TrialConfig
 
 _GB = 1e9
-_QUANTIZATION_BLOCK_BITS = 8
+_BITS_PER_BYTE = 8
 # Optimizer states per trained parameter and bytes of each, None for the parameter's own.
 _OPTIMIZERS: dict[Optimizer, tuple[float, int | None]] = {
     "adamw_torch": (2, None),
@@ -131,7 +131,7 @@ def _weight_bytes(shape: ModelShape, trial: TrialConfig, framework: Framework, w
     quantized = shape.linear_parameters + (head if framework.quantizes_head else 0)
     if not framework.quantizes(trial):
         quantized = 0
-    return parameters * width - quantized * (width - framework.nf4_bits / _QUANTIZATION_BLOCK_BITS)
+    return parameters * width - quantized * (width - framework.nf4_bits / _BITS_PER_BYTE)
 
 
 def _passing_bytes(
@@ -149,7 +149,8 @@ def _passing_bytes(
         loss += shape.embedding_parameters * width if framework.quantizes_head else 0
     if framework.shards > 1 and not framework.gathers_frozen:
         # The whole layer that is at work, and the next one on its way.
-        backward += 2 * (shape.linear_parameters / shape.layers) * (0.5 if trial.method == "qlora" else width)
+        stored = framework.nf4_bits / _BITS_PER_BYTE if framework.quantizes(trial) else width
+        backward += 2 * (shape.linear_parameters / shape.layers) * stored
     if trial.gradient_checkpointing:
         # What is offloaded is there twice: one layer's input at work, the next one on its way.
         inputs = 2 if framework.offloads_checkpoints else shape.layers

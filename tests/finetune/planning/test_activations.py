@@ -10,6 +10,7 @@ from weakref import WeakSet
 
 import pytest
 
+from finetune.base_model.models import BaseModelRef
 from finetune.planning.activations import layer_bytes_per_token
 from finetune.planning.framework import TRL
 from finetune.planning.memory import trainable_parameters
@@ -43,6 +44,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"method": "lora", "target_modules": ["q_proj", "v_proj"]}),
     ("llama", {"method": "lora", "lora_dropout": 0.1}),
     ("llama", {"method": "lora", "use_dora": True}),
+    ("llama", {"method": "qlora"}),
     ("llama", {"method": "lora", "precision": "fp32"}),
     ("llama", {"method": "lora", "attention": "eager"}),
     ("gemma2", {"method": "lora", "attention": "eager"}),
@@ -64,13 +66,18 @@ def kept_bytes(directory: Path, trial: TrialConfig, layers: int) -> int:
     from peft import get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from finetune.training.adapters import peft_config
+    from finetune.training.adapters import load_base_model, peft_config
 
     content = json.loads((directory / "config.json").read_text()) | {"num_hidden_layers": layers}
     (directory / "config.json").write_text(json.dumps(content))
     config = AutoConfig.from_pretrained(directory, use_cache=False)
     dtype = torch.bfloat16 if trial.precision == "bf16" else torch.float32
     model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=trial.attention)
+    if trial.method == "qlora":
+        model.save_pretrained(directory / "saved")
+        base = BaseModelRef(name="small", path=directory / "saved", revision=None, fingerprint="0" * 32)
+        model = load_base_model(base, trial)
+        model.config.use_cache = False
     if trial.method != "full":
         model = get_peft_model(model, peft_config(read_model_shape(directory), trial))
     model.train()

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from finetune.base_model.models import BaseModelRef
 from finetune.planning.memory import estimate_memory, trainable_parameters
 from finetune.planning.model_config import ModelShape, read_model_shape
 from finetune.planning.models import TrialConfig
@@ -52,6 +53,25 @@ def test_trained_parameters_are_those_that_peft_makes(shape: ModelShape, tmp_pat
     adapted = get_peft_model(model, peft_config(shape, trial))
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     assert trainable_parameters(shape, trial) == trained
+
+
+def test_weights_of_qlora_are_those_that_bitsandbytes_holds(tmp_path: Path) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from finetune.training.adapters import load_base_model
+
+    config = {**TINY, "hidden_size": 512, "intermediate_size": 1536}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    trial = trial_of(method="qlora", precision="bf16")
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    base = BaseModelRef(name="small", path=tmp_path, revision=None, fingerprint="0" * 32)
+    model = load_base_model(base, trial)
+    held = 0
+    for parameter in model.parameters():
+        held += parameter.untyped_storage().nbytes()
+        if state := getattr(parameter, "quant_state", None):
+            held += state.absmax.nbytes + state.state2.absmax.nbytes
+    assert estimate_memory(read_model_shape(tmp_path), trial).parts["weights"] * 1e9 == pytest.approx(held, rel=0.01)
 
 
 def test_the_parts_add_up(shape: ModelShape) -> None:
