@@ -37,7 +37,8 @@ def main() -> int:
         f"H2O LLM Studio gateway: http://{f'[{host}]' if ':' in host else host}:{port} (its API: /docs)\n"
         f"data:     {settings.data_dir}\n"
         f"training: {settings.train_command}   in {settings.studio_dir}, devices {', '.join(settings.slots)}\n"
-        f"clients:  TRAINING_BACKEND=h2o H2O_API_URL=http://{host}:{port} H2O_API_KEY={origin}",
+        f"clients:  TRAINING_BACKEND=h2o H2O_API_URL=http://{host}:{port} H2O_API_KEY={origin}\n"
+        f"settings: {PREFIX}STUDIO_DIR, _TRAIN_COMMAND, _GPUS, _MODELS and others, see docs/h2o.md",
         flush=True,
     )
     # Clients that poll once a minute keep their connection.

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -83,16 +85,14 @@ class Supervisor:
     def _run(self) -> None:
         while not self._closing:
             self._wake.clear()
-            try:
+            with _logged("the experiments"):
                 self._look()
-            except Exception:
-                # A full disk or a locked database may pass, and the other experiments need their watch.
-                _logger.exception("a look at the experiments failed; the next one follows")
             self._wake.wait(self._settings.poll_seconds)
 
     def _look(self) -> None:
         for row in self._store.with_status("running"):
-            self._look_at(row)
+            with _logged(row.id):
+                self._look_at(row)
         busy = {row.gpu for row in self._store.with_status("running")}
         for gpu in self._settings.slots:
             if gpu not in busy and (started := self._store.start_next(gpu)):
@@ -183,6 +183,15 @@ class Supervisor:
     def _forget(self, row: Row) -> None:
         self._children.pop(row.id, None)
         self._asked_to_stop.pop(row.id, None)
+
+
+@contextmanager
+def _logged(what: str) -> Iterator[None]:
+    """A full disk may pass, and the other experiments need their watch meanwhile."""
+    try:
+        yield
+    except Exception:
+        _logger.exception("a look at %s failed; the next one follows", what)
 
 
 def _last_line(attempt: Attempt) -> str:
