@@ -129,6 +129,16 @@ def test_gc_says_what_it_would_remove_then_removes_it(layout: DataLayout) -> Non
     assert "removed the weights of 0 versions" in shown.output
 
 
+def test_verify_finds_a_flipped_byte(layout: DataLayout) -> None:
+    weights = layout.registry / "v2" / WEIGHTS_NAME
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.unlink()
+    weights.write_bytes(content)
+    assert call("verify", "v1")["verified"] == ["v1"]
+    assert "was altered: its SHA-256 differs" in call("verify", code=1)
+
+
 def test_rebuild_restores_the_pointer_from_the_history(layout: DataLayout) -> None:
     call("promote", "v2")
     pointer = layout.registry / CHAMPION_POINTER
