@@ -114,6 +114,7 @@ def train(
     from finetune.training.request import request_for_file
     from finetune.training.sft import dry_run as try_out
     from finetune.training.sft import train_adapter
+    from lora_assets.cli.plan import history
 
     settings = load_settings()
     base = find_base(base_model)
@@ -138,6 +139,7 @@ def train(
             overrides=overrides,
             vram_limit_gb=settings.vram_limit_gb,
             device=settings.device,
+            history=history(settings, base.name, settings.device),
             stated_tokens_per_second=settings.tokens_per_second,
             price_per_gpu_hour=settings.gpu_hour_price,
         )
