@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from finetune.base_model.embedded import EMBEDDED_NAME
 from finetune.dataset.models import PreparedDataset
 from finetune.evaluation.models import EvalReport
 from finetune.export.models import GgufExport, LmStudioExport, MergedModel, OllamaExport
+from finetune.planning.models import TrainingPlan
 from finetune.publishing import TEMPORARY_MARK, read_manifest
 from finetune.registry.models import RegisteredVersion
 from finetune.training.models import TrainingResult
+from resources.run_log import RunLog
 from tests.e2e.conftest import DATES, Loop
 
 pytestmark = pytest.mark.e2e
@@ -149,3 +152,22 @@ def test_a_dry_run_needs_no_training_library(demo: Loop, tmp_path: Path) -> None
     for name in ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('a dry run must not import this')\n")
     assert demo.run_json("run", "--dry-run", PYTHONPATH=str(tmp_path))["status"] == "dry_run"
+
+
+def test_what_a_training_took_is_logged_and_corrects_the_next_plan(demo: Loop) -> None:
+    first, *_, last = (demo.value("training_plan", date, TrainingPlan) for date in DATES)
+    took = demo.value("adapter", DATES[0], TrainingResult)
+    assert first.memory_estimate.correction == 1.0
+    assert last.memory_estimate.correction != 1.0
+    assert any(line.startswith("memory times") for line in last.explanations)
+    assert last.cost is not None
+    assert last.cost.throughput.startswith("measured")
+    log = RunLog(data_dir=str(demo.root))
+    try:
+        oldest = log.measurements(EMBEDDED_NAME, "cpu")[-1]
+    finally:
+        log.close()
+    assert (oldest.method, oldest.device) == ("lora", "cpu")
+    assert oldest.peak_memory_gb == took.peak_memory_gb
+    assert oldest.tokens_per_second == took.tokens_per_second
+    assert oldest.estimated_memory_gb == pytest.approx(first.memory_estimate.vram_gb)
