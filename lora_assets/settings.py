@@ -63,7 +63,7 @@ class Settings(BaseSettings):
         "on Kubernetes it must be set.",
     )
     base_model_revision: str | None = Field(None, description="Branch, tag or commit of the hub repository.")
-    hf_token: SecretStr | None = Field(None, description="Token for gated hub repositories.")
+    hf_token: SecretStr | None = Field(None, description="Token of the hub, for gated repositories and for push.")
     trust_remote_code: bool = Field(False, description="Allow code from the base model's repository to run.")
 
     data_root: Path = Field(

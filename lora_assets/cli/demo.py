@@ -176,6 +176,7 @@ def _print_answers(settings: Settings, date: str) -> None:
         ["question", "expected", "base model", "exported model"],
         rows,
     )
+    out.print(f"Talk to it: lora-assets serve --gguf {export.quantized.path}", markup=False)
 
 
 @plain_errors

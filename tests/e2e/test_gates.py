@@ -231,7 +231,7 @@ def test_a_challenger_is_a_success_that_exports_nothing(demo: Loop, loop: Loop) 
     assert not {"promoted_adapter", "merged_model", "gguf", "modelfile", "lmstudio_export"} & set(made)
     version = loop.value("registered_adapter", DATES[0], RegisteredVersion)
     assert (version.version, version.status) == ("v4", "challenger")
-    assert "not shown to be better than the champion v3" in version.reason
+    assert "not shown to be better by at least 0.001 nats per token than the" in version.reason
     assert not (loop.root / "models" / version.run_id / "gguf").exists()
     states = {state["date"]: state["state"] for state in loop.run_json("run", "--dry-run", **hopeless)["dates"]}
     assert states[DATES[0]] == "current", "a challenger is not trained again and again"
