@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from finetune.base_model.models import BaseModelRef
 from finetune.errors import BaseModelError, ConfigurationError
 from finetune.planning.model_config import ModelShape
-from finetune.planning.models import TrialConfig
+from finetune.planning.models import TrainableMethod, TrialConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -43,19 +43,34 @@ def peft_config(shape: ModelShape, trial: TrialConfig) -> PeftConfig:
             modules = list(shape.ia3_modules)
             return IA3Config(**common, target_modules=modules, feedforward_modules=modules[-1:])
         case _:
-            raise ConfigurationError(
-                f"the method {trial.method} is estimated in plans but not trained",
-                where="method",
-                remedy="Choose lora, qlora, prefix or ia3",
-            )
+            raise _untrained(trial)
+
+
+def refuse_untrained(trial: TrialConfig) -> None:
+    """Check that the plan's method is one that is trained.
+
+    Raises:
+        ConfigurationError: it is only estimated.
+    """
+    if trial.method not in get_args(TrainableMethod):
+        raise _untrained(trial)
+
+
+def _untrained(trial: TrialConfig) -> ConfigurationError:
+    return ConfigurationError(
+        f"the method {trial.method} is estimated in plans but not trained",
+        where="method",
+        remedy=f"Choose {', '.join(get_args(TrainableMethod))}",
+    )
 
 
 def refuse_missing_hardware(trial: TrialConfig) -> None:
     """Check that this machine can train as the configuration says, before anything is loaded.
 
     Raises:
-        ConfigurationError: a GPU is needed and none is there, or bitsandbytes is missing.
+        ConfigurationError: the method is not trained; a GPU is needed and none is there; bitsandbytes is missing.
     """
+    refuse_untrained(trial)
     import importlib.util
 
     import torch

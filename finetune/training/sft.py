@@ -25,6 +25,7 @@ from finetune.training.adapters import (
     load_base_model,
     peft_config,
     refuse_missing_hardware,
+    refuse_untrained,
     save_adapter,
     save_pissa_start,
 )
@@ -50,10 +51,12 @@ def dry_run(request: TrainingRequest) -> TrainingResult:
     """Everything up to loading the model, without torch: the records are encoded and checked, the steps counted.
 
     Raises:
+        ConfigurationError: the plan's method is not trained, or names modules that the model lacks.
         BaseModelError: the configuration or the tokenizer is missing or damaged.
         TrainingError: records have nothing to learn from.
     """
     trial = request.plan.trial_config
+    refuse_untrained(trial)
     read_model_shape(request.base_model.path).targets(trial.target_modules)
     data = _read(request)
     order = training_order(data.lengths, trial)

@@ -155,6 +155,17 @@ def test_a_dry_run_refuses_what_a_training_would_refuse(
     assert "nothing to learn from" in done.stderr
 
 
+def test_full_fine_tuning_is_estimated_and_a_training_of_such_a_plan_refused(
+    tmp_path: Path, tiny_model: BaseModelRef, records: Path
+) -> None:
+    plan = tmp_path / "plan.json"
+    plan.write_text(planned(tmp_path, "--base-model", str(tiny_model.path), "--method", "full").model_dump_json())
+    arguments = ["train", "--base-model", str(tiny_model.path), "--dataset", str(records), "--output", "adapter"]
+    done = lora_assets(tmp_path, *arguments, "--plan", str(plan), "--dry-run")
+    assert done.returncode == 1
+    assert "full is estimated in plans but not trained [method]. Choose lora, qlora, prefix, ia3" in done.stderr
+
+
 def test_a_training_that_would_take_too_long_does_not_start(
     tmp_path: Path, tiny_model: BaseModelRef, records: Path
 ) -> None:
