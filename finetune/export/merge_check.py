@@ -53,7 +53,7 @@ def check_merge(*, base_model: BaseModelRef, adapter_path: Path, merged_path: Pa
         ValueError: no prompts.
     """
     from peft import PeftModel
-    from transformers import AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer
 
     if not prompts:
         raise ValueError("check_merge needs at least one prompt")
@@ -61,18 +61,22 @@ def check_merge(*, base_model: BaseModelRef, adapter_path: Path, merged_path: Pa
     remedy = "Delete the directory and merge again"
     try:
         tokenizer = AutoTokenizer.from_pretrained(merged_path, local_files_only=True)
-        merged = _load(merged_path)
+        config = AutoConfig.from_pretrained(merged_path, local_files_only=True)
     except Exception as error:  # transformers raises whatever its parsers raise on a damaged directory
         raise ExportError(f"the merged model does not load: {error}", where=merged_path, remedy=remedy) from error
-    stored = str(merged.config.dtype)
-    tolerance_share = TOLERANCES.get(stored, TOLERANCES["torch.bfloat16"])
+    tolerance_share = TOLERANCES.get(str(config.dtype or "torch.float32"), TOLERANCES["torch.bfloat16"])
     ids = encode_prompts(tokenizer, prompts)
 
+    # One after the other: each takes four bytes a parameter.
     base = _load(base_model.path)
-    if merged.get_input_embeddings().weight.shape[0] > base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(merged.get_input_embeddings().weight.shape[0])
+    if config.get_text_config().vocab_size > base.get_input_embeddings().weight.shape[0]:
+        base.resize_token_embeddings(config.get_text_config().vocab_size)
     expected = _observe(PeftModel.from_pretrained(base, adapter_path, local_files_only=True).eval(), ids)
     del base
+    try:
+        merged = _load(merged_path)
+    except Exception as error:  # as above
+        raise ExportError(f"the merged model does not load: {error}", where=merged_path, remedy=remedy) from error
     found = _observe(merged, ids)
 
     worst = max(float((a - b).abs().max()) for a, b in zip(expected.logits, found.logits, strict=True))
@@ -103,13 +107,9 @@ def check_merge(*, base_model: BaseModelRef, adapter_path: Path, merged_path: Pa
 
 def _load(path: Path) -> Any:
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    stored = AutoConfig.from_pretrained(path, local_files_only=True).dtype
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
-    # Where the weights were rounded to is what the tolerance depends on.
-    model.config.dtype = stored or torch.float32
-    return model
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
 
 
 def _observe(model: PreTrainedModel, prompts: list[list[int]]) -> _Reference:
@@ -134,10 +134,10 @@ def _first_difference(expected: _Reference, found: _Reference, share: float) -> 
 
 
 def _is_tie(model: PreTrainedModel, prompt: list[int], want: list[int], have: list[int], margin: float) -> bool:
-    """Whether the first token that differs won by at most `margin`."""
+    """Whether the two first tokens that differ are at most `margin` apart."""
     import torch
 
     same = next(i for i, (a, b) in enumerate(zip(want, have, strict=False)) if a != b)
     with torch.inference_mode():
         logits = model(input_ids=torch.tensor([prompt + have[:same]])).logits[0, -1].float()
-    return float(logits[have[same]] - logits[want[same]]) <= margin
+    return abs(float(logits[have[same]] - logits[want[same]])) <= margin

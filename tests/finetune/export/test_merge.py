@@ -13,6 +13,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.errors import ArtifactError, BaseModelError, ExportError
 from finetune.export.merge import check_merge, merge_adapter
 from finetune.export.models import MergedModel
+from finetune.export.prompts import greedy_tokens
 from finetune.export.quantized_base import trained_on_quantized_base
 from finetune.publishing import read_manifest
 from tests.finetune.export.conftest import PROMPTS, MakeAdapter
@@ -28,6 +29,13 @@ def weights(model: Path) -> dict[str, Any]:
     from safetensors.torch import load_file
 
     return {name: tensor for file in model.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def load_names(file: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as stream:
+        return set(stream.keys())
 
 
 def merged_by_peft(base: Path, adapter: Path) -> dict[str, Any]:
@@ -295,6 +303,71 @@ def test_the_check_names_the_first_layer_of_a_corrupted_model(
     corrupt_safetensors(damaged / index[tensor], tensor)
     with pytest.raises(ExportError, match=f"first in {layer}"):
         check_merge(base_model=base, adapter_path=adapter, merged_path=damaged, prompts=PROMPTS)
+
+
+def test_the_check_names_the_head_of_a_corrupted_model(
+    base: BaseModelRef, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    adapter = make_adapter(lora(target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    merged = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    shard = next(file for file in merged.path.glob("*.safetensors") if "lm_head.weight" in load_names(file))
+    corrupt_safetensors(shard, "lm_head.weight")
+    with pytest.raises(ExportError, match="first in the output head"):
+        check_merge(base_model=base, adapter_path=adapter, merged_path=merged.path, prompts=PROMPTS)
+
+
+def test_a_differing_answer_is_a_difference_even_where_logits_are_close(
+    base: BaseModelRef, adapter: Path, merged: MergedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.export import merge_check
+
+    def as_if_damaged(model: Any, ids: list[int], count: int) -> list[int]:
+        tokens = greedy_tokens(model, ids, count)
+        return tokens if hasattr(model, "peft_config") else [tokens[0] ^ 1, *tokens[1:]]
+
+    monkeypatch.setattr(merge_check, "greedy_tokens", as_if_damaged)
+    with pytest.raises(ExportError, match="answers prompt 0 differently"):
+        check_merge(base_model=base, adapter_path=adapter, merged_path=merged.path, prompts=PROMPTS)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize(
+    ("changes", "method"),
+    [
+        ({"target_modules": ["q_proj"]}, "streaming"),
+        ({"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}, "peft"),
+    ],
+    ids=["attention", "fused experts"],
+)
+def test_a_mixture_of_experts_merges(base: BaseModelRef, tmp_path: Path, changes: dict[str, Any], method: str) -> None:
+    from peft import get_peft_model
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=3,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    model = MixtralForCausalLM(config)
+    experts = tmp_path / "base"
+    model.save_pretrained(experts)
+    tokenizer.save_pretrained(experts)
+    get_peft_model(model, lora(init_lora_weights=False, **changes)).save_pretrained(tmp_path / "adapter")
+    merged = merge_adapter(
+        base_model=BaseModelRef(name="experts", path=experts, revision=None, fingerprint="0" * 32),
+        adapter_path=tmp_path / "adapter",
+        output_dir=tmp_path / "m",
+        run_id="r",
+        validate_on=PROMPTS,
+    )
+    assert merged.method == method
+    assert weights(merged.path).keys() == weights(experts).keys()
 
 
 def test_the_check_notices_a_cut_off_shard(
