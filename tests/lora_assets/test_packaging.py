@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = {"lora_assets", "resources", "sensors", "finetune"}
+PACKAGES = {"finetune", "h2o_gateway", "lora_assets", "resources", "sensors"}
 HEAVY = {"torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "xllamacpp"}
 
 
