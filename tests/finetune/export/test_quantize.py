@@ -3,16 +3,20 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from finetune.errors import ConfigurationError, ExportError
-from finetune.export.models import GgufExport
+from finetune.export.converter import Conversions, ModelConversion, Precision
+from finetune.export.models import GgufExport, MergedModel
 from finetune.export.quantize import quantize_gguf
 from finetune.export.runtime import GgufRuntime
-from finetune.export.tensor_types import QUANTIZATIONS, ModelShape, choose_types
+from finetune.export.tensor_types import FULL_PRECISIONS, QUANTIZATIONS, ModelShape, choose_types
+from finetune.export.verify import LIMITS, Reference, compare
 from finetune.publishing import sha256_file
+from lora_assets.settings import Quantization
 from tests.finetune.export.conftest import PROMPTS, TAUGHT
 
 # SHA-256 of what llama.cpp's own llama_model_quantize makes of `random_model`.
@@ -53,6 +57,19 @@ def test_every_quantization_loads_and_gets_smaller(gguf: GgufExport, tmp_path: P
         answer = runtime.chat(PROMPTS[0])
     # A model this small loses letters to four bits and words to two.
     assert answer == TAUGHT["What colour is the sky?"] or quantization in ("Q4_0", "Q2_K")
+
+
+def test_every_full_precision_answers_like_the_merged_model(merged: MergedModel, tmp_path: Path) -> None:
+    files = {precision: tmp_path / f"{precision}.gguf" for precision in get_args(Precision)}
+    assert files.keys() == set(FULL_PRECISIONS)
+    assert {*FULL_PRECISIONS, *QUANTIZATIONS} == set(get_args(Quantization)) == LIMITS.keys()
+    with Conversions([ModelConversion(merged.path, file, name, {}) for name, file in files.items()]) as conversions:
+        reference = Reference(merged.path, PROMPTS)
+        conversions.wait()
+    for precision, file in files.items():
+        assert types_of(file)["blk.0.ffn_up.weight"] == precision
+        with GgufRuntime(file, context=reference.context) as runtime:
+            compare(runtime, reference, LIMITS[precision])
 
 
 def test_kernels_agree_with_the_reference_decoder(gguf: GgufExport, tmp_path: Path) -> None:
