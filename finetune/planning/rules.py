@@ -139,7 +139,7 @@ def max_length(shape: ModelShape, profile: DatasetProfile) -> tuple[int, str]:
     shares = {cut.max_length: cut.record_share for cut in profile.truncation if cut.max_length < longest}
     for length in sorted(shares):
         if shares[length] <= _TRUNCATED_SHARE:
-            return length, f"truncates {shares[length]:.1%} of records"
+            return length, f"truncates {100 * shares[length]:.1f} % of records"
     if longest >= profile.max_tokens:
         return longest, f"the longest record has {profile.max_tokens} tokens"
     return longest, f"the model's limit; the longest record has {profile.max_tokens} tokens"

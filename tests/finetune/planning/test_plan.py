@@ -58,7 +58,7 @@ def profile_of(records: int = 1000, **fields: object) -> DatasetProfile:
 def test_the_length_is_the_shortest_that_hardly_truncates(llama_8b: Path) -> None:
     plan = make_plan(llama_8b, profile_of())
     assert plan.trial_config.max_length == 1024
-    assert "max_length 1024: truncates 0.4% of records" in plan.explanations
+    assert "max_length 1024: truncates 0.4 % of records" in plan.explanations
 
 
 def test_the_length_never_exceeds_what_the_model_knows(llama_8b: Path) -> None:
