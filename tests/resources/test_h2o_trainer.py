@@ -6,6 +6,7 @@ import stat
 import subprocess
 import sys
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -366,6 +367,27 @@ def link(zipped: zipfile.ZipFile) -> None:
     zipped.writestr(entry, "/etc/passwd")
 
 
+def device(zipped: zipfile.ZipFile) -> None:
+    entry = zipfile.ZipInfo("adapter_model/special.json")
+    entry.external_attr = (stat.S_IFIFO | 0o666) << 16
+    zipped.writestr(entry, b"")
+
+
+def twice(zipped: zipfile.ZipFile) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        zipped.writestr("adapter_model/adapter_config.json", b"{}")
+
+
+def encrypted(content: bytes) -> bytes:
+    """The flag alone: the first two bytes after the versions, in every entry of the directory."""
+    changed = bytearray(content)
+    position = -1
+    while (position := changed.find(b"PK\x01\x02", position + 1)) >= 0:
+        changed[position + 8] |= 1
+    return bytes(changed)
+
+
 def bomb(zipped: zipfile.ZipFile) -> None:
     zipped.writestr("adapter_model/zeros.json", bytes(5_000_000), zipfile.ZIP_DEFLATED)
 
@@ -374,7 +396,10 @@ HOSTILE = {
     "parent": (hostile(lambda z: z.writestr("../outside.json", b"x")), "leads out"),
     "absolute": (hostile(lambda z: z.writestr("/tmp/outside.json", b"x")), "leads out"),
     "backslash": (hostile(lambda z: z.writestr("..\\outside.json", b"x")), "leads out"),
-    "link": (hostile(link), "link"),
+    "link": (hostile(link), "link or a device"),
+    "device": (hostile(device), "link or a device"),
+    "twice": (hostile(twice), "two files of one name"),
+    "encrypted": (encrypted(archive(adapter_files())), "encrypted"),
     "pickle": (hostile(lambda z: z.writestr("adapter_model/optimizer.pt", b"x")), "no safetensors adapter has"),
     "bomb": (hostile(bomb), "unpacked, over the limit"),
     "many": (hostile(lambda z: [z.writestr(f"{n}.txt", b"") for n in range(60)] and None), "files, over the limit"),
@@ -422,6 +447,32 @@ def test_the_key_does_not_follow_a_redirect_to_another_host(server: H2OServer, r
         assert other.authorizations == [None]
     finally:
         other.close()
+
+
+def test_a_download_that_is_redirected_in_a_circle_is_an_error(server: H2OServer, request_: TrainingRequest) -> None:
+    server.faults["download"] = [says(302, b"", Location="download")] * 100
+    with pytest.raises(ConfigurationError, match="redirects in a circle"):
+        train(trainer_for(server), request_)
+    assert server.struck.count("download") > 5
+
+
+def test_a_download_is_not_followed_out_of_tls(
+    server: H2OServer, request_: TrainingRequest, authority: trustme.CA, tmp_path: Path
+) -> None:
+    plain = H2OServer()
+    try:
+        url = over_tls(server, authority, "127.0.0.1")
+        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
+        server.faults["download"] = [says(302, b"", Location=f"{plain.url}/adapter.zip")]
+        plain.faults["unknown"] = [lambda handler: handler.reply(200, server.archive) or True]
+        trainer = H2OTrainer(api_url=url, api_key=KEY, timing=Timing(**FAST), ca_file=str(tmp_path / "ca.pem"))
+        with pytest.raises(ConfigurationError, match="redirects the download to an unencrypted address"):
+            train(trainer, request_)
+        assert server.struck == ["download"]
+        assert plain.authorizations == [None]
+        assert not request_.adapter_dir.exists()
+    finally:
+        plain.close()
 
 
 @pytest.mark.parametrize("call", ["upload", "create", "poll"])
