@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from finetune.planning.models import Attention, Optimizer
 
@@ -37,3 +37,8 @@ class PlanOverrides(BaseModel):
     gradient_checkpointing: bool | None = None
     attention: Attention | None = None
     seed: int | None = None
+
+    @field_validator("attention", mode="before")
+    @classmethod
+    def _short_name(cls, value: object) -> object:
+        return "flash_attention_2" if value == "flash" else value

@@ -10,15 +10,12 @@ import typer
 from finetune.dataset.models import DatasetProfile
 from finetune.errors import FinetuneError
 from finetune.planning.history import Measurement
-from finetune.planning.models import Attention, CostEstimate, Method, Optimizer, Task, TrainingPlan
+from finetune.planning.models import CostEstimate, Method, Optimizer, Task, TrainingPlan
 from finetune.planning.rules import Device
 from lora_assets.cli.console import Json, err, plain_errors, print_json, print_table, read_model
-from lora_assets.cli.tools import BaseModelOption, find_base
+from lora_assets.cli.tools import AttentionOption, BaseModelOption, find_base
 from lora_assets.settings import Settings, load_settings
 
-AttentionFlag = Annotated[
-    Literal["sdpa", "eager", "flash"] | None, typer.Option(help="Attention implementation; flash is FlashAttention 2.")
-]
 # What a plan without a dataset is made for: a thousand records of a paragraph each.
 ASSUMED_PROFILE = DatasetProfile(
     total_samples=1000,
@@ -63,7 +60,7 @@ def plan(
     packing: Annotated[
         bool | None, typer.Option("--packing/--no-packing", help="Several records in one row, apart from each other.")
     ] = None,
-    attention: AttentionFlag = None,
+    attention: AttentionOption = None,
     optimizer: Annotated[Optimizer | None, typer.Option(help="The optimizer.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -84,7 +81,7 @@ def plan(
         micro_batch=micro_batch,
         gradient_checkpointing=gradient_checkpointing,
         packing=packing,
-        attention=_attention(attention),
+        attention=attention,
         optimizer=optimizer,
     )
     # Whoever names a GPU's memory plans for a GPU, wherever the plan is made.
@@ -154,7 +151,3 @@ def _modules(names: list[str] | None) -> list[str] | Literal["all-linear"] | Non
         return None
     modules = [name.strip() for given in names for name in given.split(",") if name.strip()]
     return "all-linear" if modules == ["all-linear"] else modules
-
-
-def _attention(name: Literal["sdpa", "eager", "flash"] | None) -> Attention | None:
-    return "flash_attention_2" if name == "flash" else name

@@ -22,7 +22,8 @@ BaseModelOption = Annotated[
 ]
 AdapterOption = Annotated[Path, typer.Option("--adapter", help="Adapter directory in PEFT's layout.")]
 AttentionOption = Annotated[
-    Literal["sdpa", "eager", "flash_attention_2"] | None, typer.Option(help="Attention implementation.")
+    Literal["sdpa", "eager", "flash", "flash_attention_2"] | None,
+    typer.Option(help="Attention implementation; flash is flash_attention_2."),
 ]
 OutputOption = Annotated[Path, typer.Option("--output", help="Directory that is made, whole or not at all.")]
 
