@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.base_model.models import BaseModelRef
+from finetune.planning.history import Measurement
 from finetune.planning.models import TrainingPlan
 from finetune.training.models import TrainingResult
 from resources.run_log import RunLog
@@ -129,6 +130,36 @@ def test_a_method_given_is_not_given_up_to_fit(tmp_path: Path) -> None:
     done = lora_assets(tmp_path, *arguments)
     assert done.returncode == 1
     assert "GB and 12.0 GB are there (weights 16.06" in done.stderr
+
+
+def test_earlier_trainings_in_the_run_log_correct_the_plan(tmp_path: Path) -> None:
+    model = str(MODELS / "tiny-llama-1.1b")
+    arguments = ["--base-model", model, "--vram-limit-gb", "80"]
+    before = planned(tmp_path, *arguments)
+    log = RunLog(data_dir=str(tmp_path / "data"))
+    try:
+        row_id = log.start(run_id="r1", dataset_paths=[], base_model=model, backend="hf-peft")
+        log.measured(
+            row_id,
+            Measurement(
+                method="lora", device="NVIDIA L4", estimated_memory_gb=10, peak_memory_gb=9, tokens_per_second=1000
+            ),
+        )
+        log.complete(row_id, "/a", {})
+    finally:
+        log.close()
+    after = planned(tmp_path, *arguments)
+    assert after.memory_estimate.vram_gb == pytest.approx(0.9 * before.memory_estimate.vram_gb, rel=1e-4)
+    assert after.cost is not None
+    assert after.cost.throughput == "measured, median of 1"
+
+
+def test_a_plan_does_without_a_run_log_that_does_not_answer(tmp_path: Path) -> None:
+    arguments = ["plan", "--base-model", str(MODELS / "tiny-llama-1.1b"), "--json"]
+    done = lora_assets(tmp_path, *arguments, DATABASE_URL="postgresql://nobody@127.0.0.1:1/none")
+    assert done.returncode == 0
+    assert "not corrected by earlier trainings" in done.stderr
+    assert TrainingPlan.model_validate_json(done.stdout).memory_estimate.correction == 1.0
 
 
 def test_a_dry_run_goes_up_to_the_first_step_and_tells_the_plan(
