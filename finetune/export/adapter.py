@@ -16,19 +16,17 @@ if TYPE_CHECKING:
     import torch
 
 _PREFIX = "base_model.model."
-# Adapters with any of these do more than add B @ A to a weight.
-_NOT_PLAIN = (
+# Adapters with any of these do more than change weights one by one.
+_NOT_BY_TENSOR = (
     "alora_invocation_tokens",
     "arrow_config",
     "kasa_config",
     "layer_replication",
     "lora_bias",
-    "modules_to_save",
     "monteclora_config",
     "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
-    "use_dora",
     "use_qalora",
     "velora_config",
 )
@@ -38,13 +36,15 @@ _NOT_PLAIN = (
 class LoraPair:
     """One adapted module: the weight's update is ``scale * B @ A``, transposed where `fan_in_fan_out`.
 
-    `a` is (rank, in), `b` (out, rank), both float32.
+    `a` is (rank, in), `b` (out, rank), both float32. With DoRA (arXiv:2402.09353) `magnitude`, (out,), is the length
+    that every row of the sum of weight and update gets.
     """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
     fan_in_fan_out: bool
+    magnitude: torch.Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -62,6 +62,17 @@ class LoraPair:
 
         product = torch.mm(self.b, self.a, out=scratch[: self.size].view(self.b.shape[0], self.a.shape[1]))
         return (product.T if self.fan_in_fan_out else product).mul_(self.scale)
+
+
+@dataclass(frozen=True)
+class Updates:
+    """What an adapter does to a model: `pairs` by module name, whole new tensors (`replaced`) by tensor name."""
+
+    pairs: dict[str, LoraPair]
+    replaced: dict[str, torch.Tensor]
+
+    def __len__(self) -> int:
+        return len(self.pairs) + len(self.replaced)
 
 
 def read_peft_config(adapter_path: Path) -> dict[str, Any]:
@@ -82,10 +93,14 @@ def read_peft_config(adapter_path: Path) -> dict[str, Any]:
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
     """Whether the adapter only adds scaled low-rank products to weights."""
+    return _by_tensor(config) and not config.get("use_dora") and not config.get("modules_to_save")
+
+
+def _by_tensor(config: Mapping[str, Any]) -> bool:
     return (
         config["peft_type"] == "LORA"
         and config.get("bias", "none") == "none"
-        and not any(config.get(name) for name in _NOT_PLAIN)
+        and not any(config.get(name) for name in _NOT_BY_TENSOR)
     )
 
 
@@ -112,24 +127,48 @@ def read_lora_pairs(adapter_path: Path, config: Mapping[str, Any]) -> dict[str, 
     Raises:
         ArtifactError: a pair is incomplete, or the weights are damaged.
     """
+    updates = read_updates(adapter_path, config) if is_plain_lora(config) else None
+    return None if updates is None or updates.replaced else updates.pairs
+
+
+def read_updates(adapter_path: Path, config: Mapping[str, Any]) -> Updates | None:
+    """What LoRA, rsLoRA, DoRA and `modules_to_save` do to tensors, or None where the adapter holds anything else.
+
+    Raises:
+        ArtifactError: a pair is incomplete, or the weights are damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    if not _by_tensor(config):
+        return None
     path = adapter_path / WEIGHTS_NAME
     remedy = "Train the adapter again"
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ArtifactError(f"unreadable adapter weights: {error}", where=path, remedy=remedy) from error
+    saved = tuple(config.get("modules_to_save") or ())
     sides: dict[str, dict[str, torch.Tensor]] = {}
+    replaced: dict[str, torch.Tensor] = {}
     for name, tensor in tensors.items():
-        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_([AB])\.weight", name)
-        if match is None or tensor.ndim != 2:
+        match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?", name)
+        if match is not None and tensor.ndim == (1 if match[2] == "magnitude_vector" else 2):
+            sides.setdefault(match[1], {})[match[2]] = tensor.float()
+        elif match is None and name.startswith(_PREFIX) and name.rpartition(".")[0].endswith(saved):
+            replaced[name.removeprefix(_PREFIX)] = tensor
+        else:
             return None
-        sides.setdefault(match[1], {})[match[2]] = tensor.float()
+    whole = {"A", "B", "magnitude_vector"} if config.get("use_dora") else {"A", "B"}
     pairs = {}
     for module, side in sides.items():
-        if side.keys() != {"A", "B"}:
+        if side.keys() != whole:
             raise ArtifactError(f"the adapter has only one half of {module}", where=path, remedy=remedy)
-        pairs[module] = LoraPair(side["A"], side["B"], module_scale(config, module), bool(config.get("fan_in_fan_out")))
-    return pairs
+        pairs[module] = LoraPair(
+            side["A"],
+            side["B"],
+            module_scale(config, module),
+            bool(config.get("fan_in_fan_out")),
+            side.get("magnitude_vector"),
+        )
+    return Updates(pairs, replaced)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from finetune.errors import ConfigurationError, ExportError
-from finetune.export.adapter import is_plain_lora, read_lora_pairs, read_peft_config
+from finetune.export.adapter import read_lora_pairs, read_peft_config
 
 Precision = Literal["F32", "F16", "BF16"]
 _SCRIPT = Path(__file__).with_name("llama_cpp_script.py")
@@ -166,7 +166,7 @@ def _fold_scales(adapter: Path, output: Path) -> Path:
     from safetensors.torch import save_file
 
     config = read_peft_config(adapter)
-    pairs = read_lora_pairs(adapter, config) if is_plain_lora(config) else None
+    pairs = read_lora_pairs(adapter, config)
     if not pairs:
         raise ExportError(
             "llama.cpp runs plain LoRA adapters only; this one cannot be written as GGUF",

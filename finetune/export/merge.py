@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.adapter_files import adapter_hash
 from finetune.errors import ArtifactError, BaseModelError
-from finetune.export.adapter import is_plain_lora, read_lora_pairs, read_peft_config
+from finetune.export.adapter import read_peft_config, read_updates
 from finetune.export.card import merged_card
 from finetune.export.merge_check import check_merge
 from finetune.export.models import MergedModel
@@ -53,9 +53,9 @@ def merge_adapter(
 ) -> MergedModel:
     """Merge an adapter into its base and publish the result.
 
-    Plain LoRA (also rsLoRA, alpha and rank patterns) is streamed tensor by tensor, bitwise equal to
-    peft's default merge; anything else goes through peft itself. With `validate_on`, the merged model
-    must equal base + adapter on those prompts (`check_merge`) before it is published, and what merging
+    LoRA (also rsLoRA, alpha and rank patterns, DoRA, whole modules) is streamed tensor by tensor, plain
+    LoRA bitwise equal to peft's default merge; anything else goes through peft itself. With `validate_on`,
+    the merged model must equal base + adapter on those prompts (`check_merge`) before it is published, and what merging
     costs an adapter that was trained on a quantized base (QLoRA) is measured.
 
     Args:
@@ -87,18 +87,18 @@ def merge_adapter(
     started = time.monotonic()
     with publish_directory(output_dir, kind=KIND) as staging:
         _copy_companions(base_model.path, adapter_path, staging.path)
-        pairs = read_lora_pairs(adapter_path, config) if is_plain_lora(config) else None
-        streamed = bool(pairs) and bool(shard_paths(base_model.path)) and can_stream(base_model.path, pairs or {})
-        if pairs and streamed:
+        updates = read_updates(adapter_path, config)
+        streamed = updates is not None and can_stream(base_model.path, updates)
+        if updates is not None and streamed:
             if (base_model.path / INDEX_NAME).is_file():
                 shutil.copyfile(base_model.path / INDEX_NAME, staging.path / INDEX_NAME)
             staging.digests = merge_streaming(
                 base_model.path,
-                pairs,
+                updates,
                 staging.path,
-                lambda done: on_progress(ProgressEvent("merge", done, len(pairs), "tensors")),
+                lambda done: on_progress(ProgressEvent("merge", done, len(updates), "tensors")),
             )
-            merged_tensors = len(pairs)
+            merged_tensors = len(updates)
         else:
             merged_tensors = merge_through_peft(base_model.path, adapter_path, config, staging.path)
         parameters = _count_parameters(staging.path)

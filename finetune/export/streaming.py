@@ -1,4 +1,4 @@
-"""Merging plain LoRA tensor by tensor, with no whole model in memory.
+"""Merging LoRA tensor by tensor, with no whole model in memory.
 
 Each shard is read, changed, hashed and written in pieces that fit into a core's cache: peak memory is one tensor's
 update. The sum is taken in float32 and cast once, as peft does.
@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from io import FileIO
+from io import SEEK_CUR, FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import BaseModelError, ExportError
-from finetune.export.adapter import LoraPair
+from finetune.export.adapter import LoraPair, Updates
 from finetune.hashed_file import PIECE, HashedFile
 
 if TYPE_CHECKING:
@@ -74,28 +74,44 @@ def shard_paths(model_path: Path) -> list[Path]:
     return [single] if single.is_file() else []
 
 
-def can_stream(model_path: Path, pairs: Mapping[str, LoraPair]) -> bool:
-    """Whether every pair finds its weight, by name, shape and type, in the model's safetensors files."""
+def can_stream(model_path: Path, updates: Updates) -> bool:
+    """Whether every update finds its tensor, by name, shape and type, in the model's safetensors files."""
     tensors: dict[str, _Tensor] = {}
     for shard in shard_paths(model_path):
         tensors.update(read_safetensors_header(shard))
+    shapes = [tensor.shape for tensor in tensors.values()]
 
-    def fits(module: str, pair: LoraPair) -> bool:
-        weight = tensors.get(f"{module}.weight")
+    def fits(name: str, shape: tuple[int, ...]) -> bool:
+        tensor = tensors.get(name)
+        if tensor is None or tensor.dtype not in _SAFETENSORS_FLOATS or tensor.shape != shape or not shape:
+            return False
+        # A row is merged at a time at least.
+        return tensor.size // shape[0] <= PIECE
+
+    def pair_fits(module: str, pair: LoraPair) -> bool:
         shape = (pair.b.shape[0], pair.a.shape[1])
-        return (
-            weight is not None
-            and weight.dtype in _SAFETENSORS_FLOATS
-            and weight.shape == (shape[::-1] if pair.fan_in_fan_out else shape)
-        )
+        if pair.fan_in_fan_out and pair.magnitude is not None:
+            # DoRA's rows are columns here.
+            return False
+        return fits(f"{module}.weight", shape[::-1] if pair.fan_in_fan_out else shape)
 
-    return all(fits(module, pair) for module, pair in pairs.items())
+    def replacement_fits(name: str, tensor: torch.Tensor) -> bool:
+        shape = tuple(tensor.shape)
+        # Embeddings without a head of the same shape are tied to it: replacing them would replace it too.
+        embeddings = "embed" in name or "wte" in name
+        return fits(name, shape) and (not embeddings or shapes.count(shape) > 1)
+
+    return (
+        len(updates) > 0
+        and all(pair_fits(module, pair) for module, pair in updates.pairs.items())
+        and all(replacement_fits(name, tensor) for name, tensor in updates.replaced.items())
+    )
 
 
 def merge_streaming(
-    model_path: Path, pairs: Mapping[str, LoraPair], output: Path, on_tensor: Callable[[int], Any]
+    model_path: Path, updates: Updates, output: Path, on_tensor: Callable[[int], Any]
 ) -> dict[str, str]:
-    """Write the base's shards with the pairs' updates added into `output`; returns each one's SHA-256 by its name.
+    """Write the base's shards with an adapter's updates into `output`; returns each one's SHA-256 by its name.
 
     Call it only where `can_stream` holds. `on_tensor` is called with the number of merged tensors.
 
@@ -108,16 +124,21 @@ def merge_streaming(
 
     digests = {}
     merged = 0
-    scratch = torch.empty(max((pair.size for pair in pairs.values()), default=0))
+    scratch = torch.empty(max((pair.size for pair in updates.pairs.values()), default=0))
     for shard in shard_paths(model_path):
         tensors = sorted(read_safetensors_header(shard).items(), key=lambda item: item[1].offset)
         with shard.open("rb", buffering=0) as source, HashedFile(output / shard.name) as target:
             for name, tensor in tensors:
-                pair = pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-                if pair is None:
+                pair = updates.pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+                replacement = updates.replaced.get(name)
+                if pair is None and replacement is None:
                     continue
                 _copy(source, target, tensor.offset - source.tell())
-                if not _add(source, target, tensor, pair.delta(scratch)):
+                if replacement is not None:
+                    finite = _replace(source, target, tensor, replacement)
+                elif pair is not None:
+                    finite = _add(source, target, tensor, pair, scratch)
+                if not finite:
                     raise ExportError(
                         f"merging {name} gives numbers that are not finite",
                         where=shard,
@@ -139,21 +160,46 @@ def _copy(source: FileIO, target: HashedFile, size: int) -> None:
         size -= len(piece)
 
 
-def _add(source: FileIO, target: HashedFile, tensor: _Tensor, update: torch.Tensor) -> bool:
-    """Copy a tensor with an update of its shape added; returns whether all of it is finite."""
+def _add(source: FileIO, target: HashedFile, tensor: _Tensor, pair: LoraPair, scratch: torch.Tensor) -> bool:
+    """Copy a tensor with the pair's update added; returns whether all of it is finite."""
+    import torch
+
+    dtype = getattr(torch, _SAFETENSORS_FLOATS[tensor.dtype])
+    rows = PIECE // (tensor.size // tensor.shape[0])
+    finite = True
+    for number, delta in enumerate(pair.delta(scratch).split(rows)):
+        piece = target.buffer()[: delta.numel() * dtype.itemsize]
+        _fill(source, piece)
+        weight = torch.frombuffer(piece, dtype=dtype).view(delta.shape)
+        # float32 at least, rounded once; both conversions are much faster than adding numbers of two types.
+        merged = weight.to(torch.promote_types(dtype, torch.float32)).add_(delta)
+        if pair.magnitude is not None:
+            length = pair.magnitude[number * rows :][: len(merged)] / torch.linalg.norm(merged, dim=1)
+            merged.mul_(length[:, None])
+        finite = _write(target, piece, weight.copy_(merged)) and finite
+    return finite
+
+
+def _replace(source: FileIO, target: HashedFile, tensor: _Tensor, replacement: torch.Tensor) -> bool:
+    """Write `replacement` in the place of a tensor; returns whether all of it is finite."""
     import torch
 
     dtype = getattr(torch, _SAFETENSORS_FLOATS[tensor.dtype])
     finite = True
-    for delta in update.reshape(-1).split(PIECE // dtype.itemsize):
-        piece = target.buffer()[: len(delta) * dtype.itemsize]
-        _fill(source, piece)
-        weight = torch.frombuffer(piece, dtype=dtype)
-        # float32 at least, rounded once; both conversions are much faster than adding numbers of two types.
-        weight.copy_(weight.to(torch.promote_types(dtype, torch.float32)).add_(delta))
-        # One pass without a temporary: infinities and NaN survive a sum.
-        finite = finite and bool(torch.isfinite(weight.sum(dtype=torch.float32)))
-        target.write(piece)
+    for part in replacement.reshape(-1).split(PIECE // dtype.itemsize):
+        piece = target.buffer()[: len(part) * dtype.itemsize]
+        finite = _write(target, piece, torch.frombuffer(piece, dtype=dtype).copy_(part)) and finite
+    source.seek(tensor.size, SEEK_CUR)
+    return finite
+
+
+def _write(target: HashedFile, piece: memoryview, weight: torch.Tensor) -> bool:
+    """Write a piece that holds `weight`; returns whether all of it is finite."""
+    import torch
+
+    # One pass without a temporary: infinities and NaN survive a sum. Looked at before the thread has the piece.
+    finite = bool(torch.isfinite(weight.sum(dtype=torch.float32)))
+    target.write(piece)
     return finite
 
 

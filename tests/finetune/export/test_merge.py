@@ -61,8 +61,10 @@ def corrupt_safetensors(file: Path, name: str) -> None:
         {"use_rslora": True},
         {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {r"layers\.1\.mlp\.up_proj": 3}},
         {"target_modules": ["k_proj", "down_proj"]},
+        {"use_dora": True},
+        {"use_dora": True, "use_rslora": True, "modules_to_save": ["norm", "v_proj"], "target_modules": ["q_proj"]},
     ],
-    ids=["lora", "rslora", "patterns", "some modules"],
+    ids=["lora", "rslora", "patterns", "some modules", "dora", "dora and whole modules"],
 )
 def test_streaming_is_bitwise_equal_to_peft(
     base: BaseModelRef, make_adapter: MakeAdapter, tmp_path: Path, changes: dict[str, Any]
@@ -185,12 +187,12 @@ def test_added_tokens_travel_with_the_adapters_tokenizer(base: BaseModelRef, tmp
 @pytest.mark.parametrize(
     ("changes", "untied"),
     [
-        ({"use_dora": True}, False),
-        ({"modules_to_save": ["norm"], "target_modules": ["q_proj"]}, False),
+        ({"use_dora": True, "target_modules": ["q_proj"], "bias": "lora_only"}, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, True),
         ({"target_modules": ["q_proj", "embed_tokens"]}, True),
         ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, True),
     ],
-    ids=["dora", "modules to save", "lora on tied embeddings", "own head on tied embeddings"],
+    ids=["biases", "own tied embeddings", "lora on tied embeddings", "own head on tied embeddings"],
 )
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_what_is_no_plain_lora_merges_through_peft(
