@@ -42,6 +42,8 @@ EVALUATED = (
     "exact_match",
     "base_exact_match",
 )
+# Of sampled answers with a short reference, where there are any.
+OF_ANSWERS = ("exact_match", "base_exact_match", "chrf", "base_chrf")
 
 
 @dg.asset(
@@ -92,8 +94,7 @@ def eval_report(
             "delta_ci95": f"{low:.4f} to {high:.4f}",
             "token_accuracy": report.token_accuracy,
             "base_token_accuracy": report.base_token_accuracy,
-            "exact_match": report.exact_match or 0.0,
-            "base_exact_match": report.base_exact_match or 0.0,
+            **{name: value for name in OF_ANSWERS if (value := getattr(report, name)) is not None},
             "records": report.records,
             "against_champion": f"{rival.version}: {rival.delta_vs_champion:+.4f}"
             if rival
@@ -102,6 +103,9 @@ def eval_report(
             "failed_regressions": table([case.model_dump() for case in report.failed_regressions]),
             "tasks": table([score.model_dump() for score in report.tasks]),
             "answers": table([answer.model_dump() for answer in report.answers]),
+            "by_source": table([group.model_dump() for group in report.by_source]),
+            "by_length": table([group.model_dump() for group in report.by_length]),
+            "got_worse": table([record.model_dump() for record in report.worst]),
             "seconds": report.seconds,
             "published": published_files(report.path),
             "comparison": picture((report.path / "change.png").read_bytes()),
