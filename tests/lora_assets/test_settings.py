@@ -138,3 +138,18 @@ def test_the_readme_tells_of_every_variable() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     missing = [name for name in Settings.model_fields if f"| `{name.upper()}` |" not in readme]
     assert missing == []
+
+
+def test_regression_prompts_lie_under_the_data_root_unless_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "data"))
+    assert load_settings().regressions is None
+    (tmp_path / "data" / "regressions").mkdir(parents=True)
+    assert load_settings().regressions == tmp_path / "data" / "regressions"
+    # One that is named is not passed over where it is missing.
+    monkeypatch.setenv("REGRESSIONS_DIR", "elsewhere")
+    assert load_settings().regressions == tmp_path / "elsewhere"
+    assert load_settings().tasks == []
+    monkeypatch.setenv("EVAL_TASKS", "hellaswag, arc_easy,")
+    assert load_settings().tasks == ["hellaswag", "arc_easy"]
