@@ -16,6 +16,7 @@ from finetune.errors import RemoteError, TrainingError
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, sha256_file
 from finetune.training.models import TrainingRequest, TrainingResult
+from finetune.training.ownership import StillMine, always_mine, refuse_if_taken_over
 from resources.h2o.adapter import publish_adapter, published_result
 from resources.h2o.client import H2OClient
 from resources.h2o.download import download
@@ -44,7 +45,12 @@ class H2OTrainer(LoraTrainer):
         return "h2o"
 
     def train(
-        self, request: TrainingRequest, *, on_progress: Progress, on_external_run: OnExternalRun
+        self,
+        request: TrainingRequest,
+        *,
+        on_progress: Progress,
+        on_external_run: OnExternalRun,
+        still_mine: StillMine = always_mine,
     ) -> TrainingResult:
         """Upload, create, wait, fetch, publish; each only if it has not been done.
 
@@ -53,6 +59,7 @@ class H2OTrainer(LoraTrainer):
             TrainingError: the server refuses, or the experiment failed, was stopped, vanished or stalled,
                 or what it delivered is no safe adapter.
             RemoteError: the server stayed away longer than the retry budget.
+            TransientError: another process has taken the training over.
         """
         if is_complete(request.adapter_dir):
             return published_result(request.adapter_dir)
@@ -76,6 +83,7 @@ class H2OTrainer(LoraTrainer):
                 raise
             archive = self._fetch(client, experiment, work, deadline, on_progress)
         seconds = time.monotonic() - begun
+        refuse_if_taken_over(still_mine, request.adapter_dir)
         result = publish_adapter(
             archive,
             request,

@@ -2,6 +2,7 @@
 
 from finetune.progress import Progress
 from finetune.training.models import TrainingRequest, TrainingResult
+from finetune.training.ownership import StillMine, always_mine
 from resources.trainer import Backend, LoraTrainer, OnExternalRun
 
 
@@ -14,9 +15,14 @@ class PeftTrainer(LoraTrainer):
         return "hf-peft"
 
     def train(
-        self, request: TrainingRequest, *, on_progress: Progress, on_external_run: OnExternalRun
+        self,
+        request: TrainingRequest,
+        *,
+        on_progress: Progress,
+        on_external_run: OnExternalRun,
+        still_mine: StillMine = always_mine,
     ) -> TrainingResult:
         """Train with `finetune.training.sft`; there is no external run to tell of."""
         from finetune.training.sft import train_adapter
 
-        return train_adapter(request, on_progress=on_progress)
+        return train_adapter(request, on_progress=on_progress, still_mine=still_mine)

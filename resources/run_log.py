@@ -3,8 +3,8 @@
 One row tells of one chain of attempts: the trainings of one `run_id` within one Dagster run and its
 retries. A chain that runs or has failed is continued in its row; a completed one is history, and the next
 training of that `run_id` gets a row of its own. What the table has no column for (Dagster's run, attempts,
-host) lies beside it in `lora_training_run_details`, and what a training really took, for the next plan's
-estimates, in `lora_training_run_measurements`.
+host) lies beside it in `lora_training_run_details`, what a training really took, for the next plan's
+estimates, in `lora_training_run_measurements`, and who may train at all in `lora_training_leases`.
 """
 
 import json
@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -25,6 +25,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 from finetune.errors import ConfigurationError, FinetuneError, RemoteError
 from finetune.layout import DataLayout
 from finetune.planning.history import Measurement
+from finetune.progress import Progress, ignore_progress
+from resources.lease import LEASE_SECONDS, Execute, Lease, hold_lease
 from resources.postgres import EmbeddedPostgres
 from resources.trainer import BACKEND_LABELS, Backend
 
@@ -200,6 +202,23 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
             )
             return int(values["id"])
 
+    def lease(
+        self, run_id: str, *, seconds: float = LEASE_SECONDS, on_progress: Progress = ignore_progress
+    ) -> AbstractContextManager[Lease]:
+        """Hold the lease of a training for a block: of all processes that ask for it, one gets it.
+
+        Args:
+            run_id: our training id.
+            seconds: how long a lease holds without renewal, and how long another's is waited for.
+            on_progress: told when another process is waited for.
+
+        Raises:
+            TransientError: another process trains this.
+            RemoteError: the database cannot be reached.
+            ConfigurationError: its tables cannot be made or used.
+        """
+        return hold_lease(self._transaction, run_id, seconds=seconds, on_progress=on_progress)
+
     def set_external_run(self, row_id: int, external_run_id: str, url: str | None = None) -> None:
         """Note the remote experiment of a row, and the link to it."""
         values = {"id": row_id, "external_run_id": external_run_id, "url": url}
@@ -283,12 +302,18 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
         return [Measurement.model_validate(row) for row in rows]
 
     def fail(self, row_id: int, error_message: str) -> None:
-        """Mark a RUNNING row FAILED; a row that has ended already keeps its end."""
+        """Mark a RUNNING row of this process FAILED; one that has ended, or that a retry took over, stays as it is."""
         with self._transaction() as execute:
             execute(
-                "UPDATE lora_training_runs SET status = 'FAILED', error_message = :message, finished_at = NOW() "
-                "WHERE id = :id AND status = 'RUNNING'",
-                {"id": row_id, "message": _text(error_message)},
+                "UPDATE lora_training_runs AS run SET status = 'FAILED', error_message = :message, "
+                "finished_at = NOW() FROM lora_training_run_details AS detail WHERE run.id = :id "
+                "AND detail.id = run.id AND run.status = 'RUNNING' AND detail.host = :host AND detail.pid = :pid",
+                {
+                    "id": row_id,
+                    "message": _text(error_message),
+                    "host": socket.gethostname(),
+                    "pid": os.getpid(),
+                },
             )
 
     @contextmanager
@@ -380,7 +405,7 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
         return closed
 
     @contextmanager
-    def _transaction(self) -> Iterator[Callable[[str, Mapping[str, Any]], list[dict[str, Any]]]]:
+    def _transaction(self) -> Iterator[Execute]:
         """One transaction; yields a function that runs a statement and returns its rows."""
         from sqlalchemy import text
         from sqlalchemy.exc import DBAPIError

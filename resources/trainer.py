@@ -9,6 +9,7 @@ import dagster as dg
 
 from finetune.progress import Progress
 from finetune.training.models import TrainingRequest, TrainingResult
+from finetune.training.ownership import StillMine, always_mine
 
 Backend = Literal["hf-peft", "h2o"]
 BACKEND_LABELS: Mapping[str, str] = {"hf-peft": "Local Training (PEFT)", "h2o": "Remote Training (H2O)"}
@@ -32,7 +33,12 @@ class LoraTrainer(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]  # ge
 
     @abstractmethod
     def train(
-        self, request: TrainingRequest, *, on_progress: Progress, on_external_run: OnExternalRun
+        self,
+        request: TrainingRequest,
+        *,
+        on_progress: Progress,
+        on_external_run: OnExternalRun,
+        still_mine: StillMine = always_mine,
     ) -> TrainingResult:
         """Train, and publish the adapter in PEFT's layout at `request.adapter_dir`.
 
@@ -43,6 +49,7 @@ class LoraTrainer(dg.ConfigurableResource, ABC):  # type: ignore[type-arg]  # ge
             request: what to train, and where to put it.
             on_progress: told of steps and losses.
             on_external_run: told of the remote experiment, before anything is waited for.
+            still_mine: asked before every checkpoint and before the publication whether this process may.
 
         Raises:
             PermanentError: trying again cannot help.

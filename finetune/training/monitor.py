@@ -20,12 +20,15 @@ from finetune.progress import Progress, ProgressEvent
 from finetune.training.checkpoints import newest_complete, seal_checkpoint
 from finetune.training.data import Ints
 from finetune.training.models import LossPoint
+from finetune.training.ownership import StillMine, refuse_if_taken_over
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainerControl, TrainerState
 
 _REPORT_SECONDS = 2.0
+# A step that ends so long after the last one's may end after a pause in which another process took over.
+_ASK_SECONDS = 5.0
 # Steps whose mean loss is compared with the beginning's, and how far it may rise before the run is given up.
 _WINDOW = 20
 _RISE_FACTOR, _RISE_NATS = 2.0, 1.0
@@ -72,6 +75,7 @@ class Monitor:
         writer: TensorBoard's.
         progress: who listens.
         stop: set when the process was asked to end.
+        still_mine: asked before anything is written after a while, and before every checkpoint.
         checkpoint_seconds: time between checkpoints.
         seconds_before: training time of earlier attempts.
         points: the loss curve up to the checkpoint that the training goes on from.
@@ -87,6 +91,7 @@ class Monitor:
     writer: SummaryWriter
     progress: Progress
     stop: StopRequest
+    still_mine: StillMine
     checkpoint_seconds: float
     seconds_before: float
     points: list[LossPoint] = field(default_factory=list)
@@ -94,7 +99,7 @@ class Monitor:
     def __post_init__(self) -> None:
         self._tokens = self.lengths[self.order].cumsum()
         self._first_step = len(self.points)
-        self._started = self._saved = self._reported = time.monotonic()
+        self._started = self._saved = self._reported = self._asked = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -115,12 +120,25 @@ class Monitor:
         self._started = self._saved = time.monotonic()
 
     def on_step(self, step: int) -> bool:
-        """After an optimizer step: whether a checkpoint is due."""
-        due = self.stop.requested or time.monotonic() - self._saved >= self.checkpoint_seconds
-        return due and step < self.total_steps
+        """After an optimizer step: whether a checkpoint is due.
+
+        Raises:
+            TransientError: another process has taken the training over.
+        """
+        now = time.monotonic()
+        due = step < self.total_steps and (self.stop.requested or now - self._saved >= self.checkpoint_seconds)
+        if due or now - self._asked >= _ASK_SECONDS:
+            refuse_if_taken_over(self.still_mine, self.checkpoints)
+            self._asked = time.monotonic()
+        return due
 
     def on_checkpoint(self, directory: Path) -> None:
-        """A checkpoint's files are written."""
+        """A checkpoint's files are written; they count from now on.
+
+        Raises:
+            TransientError: another process has taken the training over meanwhile.
+        """
+        refuse_if_taken_over(self.still_mine, directory)
         seal_checkpoint(directory, {"seconds": self.seconds, "points": [point.model_dump() for point in self.points]})
         self._saved = time.monotonic()
 

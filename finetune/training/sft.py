@@ -35,6 +35,7 @@ from finetune.training.checkpoints import newest_complete, step_of
 from finetune.training.data import TrainingData, read_training_data, total_steps, training_order
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
 from finetune.training.monitor import Monitor, callback, stop_on_sigterm
+from finetune.training.ownership import StillMine, always_mine, refuse_if_taken_over
 from finetune.training.plots import loss_curve_png
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def dry_run(request: TrainingRequest) -> TrainingResult:
     )
 
 
-def train_adapter(request: TrainingRequest, *, on_progress: Progress = ignore_progress) -> TrainingResult:
+def train_adapter(
+    request: TrainingRequest, *, on_progress: Progress = ignore_progress, still_mine: StillMine = always_mine
+) -> TrainingResult:
     """Train an adapter and publish it at ``request.adapter_dir``, or return the one that is there.
 
     A training that was killed goes on from its newest whole checkpoint under ``request.work_dir``; on a
@@ -83,13 +86,15 @@ def train_adapter(request: TrainingRequest, *, on_progress: Progress = ignore_pr
     Args:
         request: dataset, plan, base model and places.
         on_progress: told at least every few seconds, with loss, rate, tokens per second and the time left.
+        still_mine: asked before every checkpoint and before the publication whether this process may.
 
     Raises:
         ConfigurationError: the plan's method needs a GPU or a library that is not there.
         BaseModelError: the base model or its tokenizer is missing or damaged.
         TrainingError: records have nothing to learn from; the loss became NaN or diverged.
         StorageFullError: the disk is full; run again when there is room.
-        TransientError: the process was asked to end (SIGTERM); a checkpoint was saved.
+        TransientError: the process was asked to end (SIGTERM), and a checkpoint was saved; or another process
+            has taken the training over, and nothing was written.
     """
     if is_complete(request.adapter_dir):
         return _published(request).model_copy(update={"reused": True})
@@ -99,7 +104,11 @@ def train_adapter(request: TrainingRequest, *, on_progress: Progress = ignore_pr
     on_progress(ProgressEvent("loading the base model", 0, None, "models"))
     request.work_dir.mkdir(parents=True, exist_ok=True)
     with _full_disk_named(request.work_dir):
-        result = _train(request, data, on_progress)
+        try:
+            result = _train(request, data, on_progress, still_mine)
+        except FileExistsError:
+            # Another process was first to publish: its adapter stays.
+            return _published(request).model_copy(update={"reused": True})
     shutil.rmtree(request.work_dir / "checkpoints", ignore_errors=True)
     return result
 
@@ -114,7 +123,9 @@ def _published(request: TrainingRequest) -> TrainingResult:
     return TrainingResult.model_validate({**manifest.results, "adapter_path": request.adapter_dir})
 
 
-def _train(request: TrainingRequest, data: TrainingData, on_progress: Progress) -> TrainingResult:
+def _train(
+    request: TrainingRequest, data: TrainingData, on_progress: Progress, still_mine: StillMine
+) -> TrainingResult:
     """Train, with smaller and smaller micro-batches where memory runs out; the effective batch stays."""
     import torch
 
@@ -122,7 +133,7 @@ def _train(request: TrainingRequest, data: TrainingData, on_progress: Progress) 
     micro_batch = trial.micro_batch
     while True:
         try:
-            return _attempt(request, data, micro_batch, on_progress)
+            return _attempt(request, data, micro_batch, on_progress, still_mine)
         except torch.OutOfMemoryError as error:
             needed = f"{trial.effective_batch} records a step, {micro_batch} at a time"
             if micro_batch == 1:
@@ -138,7 +149,9 @@ def _train(request: TrainingRequest, data: TrainingData, on_progress: Progress) 
         torch.cuda.empty_cache()
 
 
-def _attempt(request: TrainingRequest, data: TrainingData, micro_batch: int, on_progress: Progress) -> TrainingResult:
+def _attempt(
+    request: TrainingRequest, data: TrainingData, micro_batch: int, on_progress: Progress, still_mine: StillMine
+) -> TrainingResult:
     import torch
     from torch.utils.tensorboard import SummaryWriter
 
@@ -167,6 +180,7 @@ def _attempt(request: TrainingRequest, data: TrainingData, micro_batch: int, on_
             writer=writer,
             progress=on_progress,
             stop=stop,
+            still_mine=still_mine,
             checkpoint_seconds=request.checkpoint_seconds,
             seconds_before=state["seconds"],
             points=points,
@@ -198,7 +212,7 @@ def _attempt(request: TrainingRequest, data: TrainingData, micro_batch: int, on_
         micro_batch=micro_batch,
         trainable_params=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     )
-    return _publish(request, trainer.model, data, result)
+    return _publish(request, trainer.model, data, result, still_mine)
 
 
 def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor, micro_batch: int) -> SFTTrainer:
@@ -269,9 +283,11 @@ def _arguments(trial: TrialConfig, micro_batch: int, checkpoints: Path) -> SFTCo
     )
 
 
-def _publish(request: TrainingRequest, model: PeftModel, data: TrainingData, result: TrainingResult) -> TrainingResult:
+def _publish(
+    request: TrainingRequest, model: PeftModel, data: TrainingData, result: TrainingResult, still_mine: StillMine
+) -> TrainingResult:
     trial = request.plan.trial_config
-    with publish_directory(request.adapter_dir, kind=KIND) as staging:
+    with publish_directory(request.adapter_dir, kind=KIND, replace=False) as staging:
         save_adapter(model, staging.path, request.base_model, request.work_dir / _PISSA_START)
         result = result.model_copy(update={"adapter_hash": adapter_hash(staging.path)})
         config = read_adapter_config(staging.path)
@@ -287,6 +303,7 @@ def _publish(request: TrainingRequest, model: PeftModel, data: TrainingData, res
         }
         staging.parameters = trial.model_dump()
         staging.results = result.model_dump(mode="json", exclude={"adapter_path"})
+        refuse_if_taken_over(still_mine, request.adapter_dir)
     return result
 
 

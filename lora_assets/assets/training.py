@@ -16,6 +16,7 @@ from finetune.progress import Progress
 from finetune.publishing import is_complete
 from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest, TrainingResult
+from finetune.training.ownership import StillMine
 from lora_assets.assets.common import (
     COMMON,
     SETTINGS,
@@ -29,6 +30,7 @@ from lora_assets.assets.common import (
     table,
 )
 from lora_assets.kubernetes import gpu_step
+from lora_assets.runner import TAGS
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
@@ -194,22 +196,36 @@ def _train(
     request: TrainingRequest,
     report: Progress,
 ) -> TrainingResult:
+    """Train under the training's lease, so that of several processes that were started for it one trains."""
+    if not is_complete(request.adapter_dir):
+        refuse_above(request.plan, SETTINGS.max_gpu_hours)
+        with run_log.lease(request.run_id, on_progress=report) as lease:
+            # Whoever held the lease until now may have finished it.
+            if not is_complete(request.adapter_dir):
+                return _train_recorded(context, trainer, run_log, request, report, lease.still_mine)
+    result = trainer.train(request, on_progress=report, on_external_run=lambda run, url: None)
+    # An attempt that was killed between publication and its last word left its row RUNNING.
+    settled = run_log.settle(
+        run_id=request.run_id,
+        adapter_path=request.adapter_dir,
+        metrics=_logged(result),
+        dagster_root_run_id=context.run.get_root_run_id(),
+    )
+    for row_id in settled:
+        if measurement := _measurement(request, result):
+            run_log.measured(row_id, measurement)
+    return result
+
+
+def _train_recorded(
+    context: dg.AssetExecutionContext,
+    trainer: LoraTrainer,
+    run_log: RunLog,
+    request: TrainingRequest,
+    report: Progress,
+    still_mine: StillMine,
+) -> TrainingResult:
     """Train under a row of the run log; an adapter that is there already is no training and gets no row."""
-    root_run_id = context.run.get_root_run_id()
-    if is_complete(request.adapter_dir):
-        result = trainer.train(request, on_progress=report, on_external_run=lambda run, url: None)
-        # An attempt that was killed between publication and its last word left its row RUNNING.
-        settled = run_log.settle(
-            run_id=request.run_id,
-            adapter_path=request.adapter_dir,
-            metrics=_logged(result),
-            dagster_root_run_id=root_run_id,
-        )
-        for row_id in settled:
-            if measurement := _measurement(request, result):
-                run_log.measured(row_id, measurement)
-        return result
-    refuse_above(request.plan, SETTINGS.max_gpu_hours)
     with run_log.recording(
         run_id=request.run_id,
         dataset_paths=[SETTINGS.exports / name for name in request.dataset.records_by_file],
@@ -217,7 +233,7 @@ def _train(
         backend=trainer.backend,
         date=request.date,
         dagster_run_id=context.run.run_id,
-        dagster_root_run_id=root_run_id,
+        dagster_root_run_id=context.run.get_root_run_id(),
     ) as row:
         # What a person reads in the UI's list of runs.
         context.instance.add_run_tags(context.run.run_id, {"training": trainer.label})
@@ -240,12 +256,15 @@ def _train(
             )
 
         try:
-            result = trainer.train(request, on_progress=report, on_external_run=external_run)
+            result = trainer.train(request, on_progress=report, on_external_run=external_run, still_mine=still_mine)
         except dg.DagsterExecutionInterruptedError:
             run = context.instance.get_run_by_id(context.run.run_id)
             # Any other interrupt (a drained node) is followed by an attempt that finds the experiment again.
             if run and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
                 run_log.fail(row.id, "the run was cancelled; " + _cancel(trainer, request))
+            if run and TAGS.items() <= run.tags.items():
+                # Ctrl-C on a command means it: the retry policy would begin again.
+                raise dg.Failure("interrupted", allow_retries=False) from None
             raise
         if measurement := _measurement(request, result):
             row.measured(measurement)
