@@ -261,7 +261,9 @@ def _train_recorded(
             run = context.instance.get_run_by_id(context.run.run_id)
             # Any other interrupt (a drained node) is followed by an attempt that finds the experiment again.
             if run and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
-                run_log.fail(row.id, "the run was cancelled; " + _cancel(trainer, request))
+                run_log.fail(row.id, f"the run was cancelled{_cancel(trainer, request)}")
+            else:
+                run_log.fail(row.id, "the step was interrupted")
             if run and TAGS.items() <= run.tags.items():
                 # Ctrl-C on a command means it: the retry policy would begin again.
                 raise dg.Failure("interrupted", allow_retries=False) from None
@@ -290,11 +292,15 @@ def _measurement(request: TrainingRequest, result: TrainingResult) -> Measuremen
 
 def _cancel(trainer: LoraTrainer, request: TrainingRequest) -> str:
     """Cancel what runs elsewhere; returns what became of it."""
+    if TRAINS_HERE:
+        return ""
     try:
         cancelled = trainer.cancel(request.run_id, request.work_dir)
     except FinetuneError as error:
-        return f"what runs elsewhere for it could not be cancelled: {error}"
-    return "its experiment was cancelled" if cancelled else "nothing runs elsewhere for it, or it cannot be cancelled"
+        return f"; its experiment may still run: {error}"
+    if cancelled:
+        return "; its experiment was cancelled"
+    return "; it has no experiment, or the server cannot cancel it"
 
 
 def experiment_link(url: str | None) -> dict[str, dg.MetadataValue[str | None]]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.layout import DataLayout
 from finetune.publishing import read_manifest
 from lora_assets.cli.demo import DEMO_SETTINGS, EXAMPLES
+from lora_assets.runner import TAGS
 from resources.postgres import EmbeddedPostgres
 from resources.run_log import RunLog, TrainingRun
 from tests.resources.h2o_server import KEY, Fault, H2OServer, Handler, adapter_files, archive, resets, says
@@ -32,6 +34,8 @@ PROGRAM = """
 import json, os, sys
 for name in ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate", "safetensors"):
     sys.modules[name] = None
+# What every run would import again.
+import alembic.command, matplotlib.figure, polars, psycopg2, sqlalchemy
 import dagster as dg
 from lora_assets.definitions import defs
 from lora_assets.partitions import dataset_dates
@@ -145,6 +149,7 @@ def another_training(site: Site) -> None:
     site.server.datasets.clear()
     site.server.outcome = {"status": "finished"}
     site.server.extra = {"log_tail": "epoch 1 of 9"}
+    site.server.calls.clear()
 
 
 def instance_of(site: Site) -> dg.DagsterInstance:
@@ -274,6 +279,86 @@ def test_an_experiment_that_ends_badly_is_a_failed_row_with_the_end_of_its_log(
         run = instance.get_run_by_id(run_id)
         assert run is not None
         assert run.status == dg.DagsterRunStatus.FAILURE
+
+
+def interrupt(site: Site, *, cancelled: bool) -> tuple[str, TrainingRun]:
+    """Interrupt a run while its experiment trains, as Dagster does; returns its id and its row.
+
+    The process is killed before its executor, which is no cluster's, tries the step again.
+    """
+    site.server.total_steps = 100_000
+    polled = threading.Event()
+
+    def note(handler: Handler) -> bool:
+        polled.set()
+        return False
+
+    site.server.faults["poll"] = [lambda handler: False, note]
+    try:
+        run_id, pid = site.start("training_plan", "adapter")
+        assert polled.wait(60)
+        if cancelled:
+            with instance_of(site) as instance:
+                run = instance.get_run_by_id(run_id)
+                assert run is not None
+                instance.report_run_canceling(run)
+        os.kill(pid, signal.SIGINT)
+        deadline = time.monotonic() + 30
+        while (row := site.rows()[0]).status == "RUNNING":
+            assert time.monotonic() < deadline, "the interrupt had no effect"
+            time.sleep(0.2)
+        os.kill(pid, signal.SIGKILL)
+        assert site.end() == -signal.SIGKILL
+        return run_id, row
+    finally:
+        site.server.total_steps = 4
+
+
+def test_an_interrupt_that_is_no_cancellation_leaves_the_experiment_to_the_next_attempt(site: Site) -> None:
+    first, row = interrupt(site, cancelled=False)
+    assert (row.status, row.error_message) == ("FAILED", "the step was interrupted")
+    assert "cancel" not in site.server.calls
+    assert site.server.experiments["exp/1"]["status"] == "running"
+    _, code = site.run("adapter", **{"dagster/root_run_id": first, "dagster/parent_run_id": first})
+    assert code == 0
+    (row, *_) = site.rows()
+    assert (row.status, row.attempts, row.external_run_id) == ("COMPLETED", 2, "exp/1")
+    assert len(site.server.experiments) == 1
+
+
+def test_ctrl_c_on_a_command_ends_it_and_leaves_the_experiment(site: Site) -> None:
+    polled = threading.Event()
+    site.server.faults["poll"] = [lambda handler: polled.set() or False]
+    site.server.total_steps = 100_000
+    try:
+        _, pid = site.start("training_plan", "adapter", **TAGS)
+        assert polled.wait(60)
+        os.kill(pid, signal.SIGINT)
+        assert site.end() == 1, "it ended by itself, and did not try again"
+    finally:
+        site.server.total_steps = 4
+    assert site.rows()[0].error_message == "the step was interrupted"
+    assert "cancel" not in site.server.calls
+    assert site.server.experiments["exp/1"]["status"] in ("queued", "running")
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        ([], "the run was cancelled; its experiment was cancelled"),
+        ([says(503)] * 1000, "the run was cancelled; its experiment may still run: the H2O server could not be"),
+        ([says(405)], "the run was cancelled; it has no experiment, or the server cannot cancel it"),
+    ],
+    ids=["cancelled", "server-down", "not-offered"],
+)
+def test_a_cancelled_run_says_what_became_of_its_experiment(site: Site, faults: list[Fault], said: str) -> None:
+    site.server.faults["cancel"] = list(faults)
+    _, row = interrupt(site, cancelled=True)
+    assert site.server.faults["cancel"] != faults or not faults, "otherwise the fault did not strike"
+    site.server.faults["cancel"].clear()
+    assert row.status == "FAILED"
+    assert (row.error_message or "").startswith(said)
+    assert (site.server.experiments["exp/1"]["status"] == "stopped") == (not faults)
 
 
 def test_the_key_is_in_nothing_that_any_of_these_runs_wrote(site: Site) -> None:
