@@ -104,10 +104,11 @@ def plan(
     if as_json:
         print_json(result.model_dump(mode="json"))
     else:
-        _print(result)
+        print_plan(result)
 
 
-def _print(plan: TrainingPlan) -> None:
+def print_plan(plan: TrainingPlan) -> None:
+    """A plan as tables for people."""
     print_table("configuration", ["choice", "why"], [line.split(": ", 1) for line in plan.explanations])
     memory, cost = plan.memory_estimate, plan.cost
     fits = {True: f", fits {memory.limit_gb} GB", False: f", does not fit {memory.limit_gb} GB", None: ""}[memory.fits]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -115,7 +116,7 @@ def train(
     from finetune.training.request import request_for_file
     from finetune.training.sft import dry_run as try_out
     from finetune.training.sft import train_adapter
-    from lora_assets.cli.plan import history
+    from lora_assets.cli.plan import history, print_plan
 
     settings = load_settings()
     base = find_base(base_model)
@@ -145,8 +146,16 @@ def train(
             price_per_gpu_hour=settings.gpu_hour_price,
         )
     refuse_above(chosen, settings.max_gpu_hours)
-    request = request_for_file(dataset, plan=chosen, base_model=base, output=output.absolute())
-    result = try_out(request) if dry_run else train_adapter(request, on_progress=progress(as_json))
+    if dry_run:
+        # What a training keeps beside its output is not for a dry run.
+        with tempfile.TemporaryDirectory() as scratch:
+            result = try_out(request_for_file(dataset, plan=chosen, base_model=base, output=Path(scratch) / "adapter"))
+        if not as_json:
+            print_plan(chosen)
+            result = result.model_copy(update={"plan": None})
+    else:
+        request = request_for_file(dataset, plan=chosen, base_model=base, output=output.absolute())
+        result = train_adapter(request, on_progress=progress(as_json))
     show(result, as_json)
 
 

@@ -174,7 +174,10 @@ def test_a_dry_run_goes_up_to_the_first_step_and_tells_the_plan(
     assert result.training_steps == result.plan.estimated_steps == 15
     assert result.tokens_seen == result.plan.estimated_tokens
     assert result.plan.explanations
-    assert not (tmp_path / "adapter").exists()
+    assert not list(tmp_path.glob("*adapter*")), "a dry run leaves nothing behind"
+    shown = lora_assets(tmp_path, *arguments, "--dry-run")
+    assert "lora_rank 16" in shown.stdout
+    assert "dry_run" in shown.stdout
 
 
 def test_a_dry_run_refuses_what_a_training_would_refuse(
