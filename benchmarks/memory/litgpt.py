@@ -2,8 +2,9 @@
 
 Peaks are ``torch.cuda.max_memory_allocated``: no CUDA context, nothing that the allocator holds without using it.
 
-Two things are calibrated, since the bitsandbytes of the day cannot be run here: how many copies of its 4-bit modules'
-inputs it kept (1 in 2023, 2 in 2024). The rest is read from the program.
+Chosen with sight of the tables, for causes that cannot be run here any more: how many copies of its 4-bit modules'
+inputs the bitsandbytes of the day kept (1 in 2023, 2 in 2024), the bytes per logit, and that FSDP does not drop frozen
+parameters that it has gathered (it does so when their gradients are there). The rest is read from the program.
 """
 
 from __future__ import annotations
