@@ -21,7 +21,8 @@ from finetune.hashed_file import PIECE, HashedFile
 if TYPE_CHECKING:
     import torch
 
-_SAFETENSORS_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+# For float64, which no language model is published in, peft computes the update in float64 too.
+_SAFETENSORS_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -171,8 +172,8 @@ def _add(source: FileIO, target: HashedFile, tensor: _Tensor, pair: LoraPair, sc
         piece = target.buffer()[: delta.numel() * dtype.itemsize]
         _fill(source, piece)
         weight = torch.frombuffer(piece, dtype=dtype).view(delta.shape)
-        # float32 at least, rounded once; both conversions are much faster than adding numbers of two types.
-        merged = weight.to(torch.promote_types(dtype, torch.float32)).add_(delta)
+        # Rounded once; both conversions are much faster than adding numbers of two types.
+        merged = weight.float().add_(delta)
         if pair.magnitude is not None:
             length = pair.magnitude[number * rows :][: len(merged)] / torch.linalg.norm(merged, dim=1)
             merged.mul_(length[:, None])

@@ -7,11 +7,15 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from pydantic import BaseModel
 
+from finetune.dataset.models import PreparedDataset
 from finetune.evaluation.models import EvalReport
+from finetune.planning.models import TrainingPlan
 from finetune.registry.models import RegisteredVersion
 from finetune.training.models import TrainingResult
 from lora_assets.assets import evaluation
+from lora_assets.assets.common import key
 from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore, ValueStore
 from resources.base_model import BaseModelSource
@@ -23,6 +27,16 @@ ANYTHING = {"id": "anything", "prompt": "Hello?", "expect": {"matches": ""}, "ma
 NEVER = {"id": "never", "prompt": "Hello?", "expect": {"equals": "what it never says"}, "max_new_tokens": 2}
 
 
+def given(name: str, value: BaseModel) -> dg.AssetsDefinition:
+    """An upstream asset that has this value."""
+
+    @dg.asset(key=key(name), partitions_def=dataset_dates)
+    def asset() -> Any:
+        return value
+
+    return asset
+
+
 def decided(store: ArtifactStore, demo: Loop, *cases: dict[str, Any]) -> tuple[EvalReport, RegisteredVersion, bool]:
     """Evaluate and register with these cases: the report, the version, and whether it is handed on to be exported."""
     suite = store.layout.root / "regressions"
@@ -31,7 +45,13 @@ def decided(store: ArtifactStore, demo: Loop, *cases: dict[str, Any]) -> tuple[E
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(str(dataset_dates.name), [DATE])
         result = dg.materialize(
-            [evaluation.eval_report, evaluation.registered_adapter],
+            [
+                given("merged_dataset", demo.value("merged_dataset", DATE, PreparedDataset)),
+                given("training_plan", demo.value("training_plan", DATE, TrainingPlan)),
+                given("adapter", demo.value("adapter", DATE, TrainingResult)),
+                evaluation.eval_report,
+                evaluation.registered_adapter,
+            ],
             instance=instance,
             partition_key=DATE,
             resources={
@@ -42,8 +62,8 @@ def decided(store: ArtifactStore, demo: Loop, *cases: dict[str, Any]) -> tuple[E
         )
     made = {event.asset_key.path[-1] for event in result.get_asset_materialization_events()}
     return (
-        result.output_for_node("brain__eval_report"),
-        result.output_for_node("registered_adapter", "registered_adapter"),
+        result.output_for_node(evaluation.eval_report.op.name),
+        result.output_for_node(evaluation.registered_adapter.op.name, "registered_adapter"),
         "promoted_adapter" in made,
     )
 
@@ -52,7 +72,6 @@ def test_a_prompt_that_fails_keeps_the_version_a_challenger_and_says_why(
     demo: Loop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = ArtifactStore(data_root=str(tmp_path), pipeline="brain")
-    shutil.copytree(demo.layout.asset_values, store.layout.asset_values)
     run_id = demo.value("adapter", DATE, TrainingResult).run_id
     shutil.copytree(demo.layout.adapter(run_id), store.layout.adapter(run_id))
     monkeypatch.setattr(evaluation, "SETTINGS", evaluation.SETTINGS.model_copy(update={"data_root": tmp_path}))

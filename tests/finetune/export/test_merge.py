@@ -15,6 +15,7 @@ from finetune.export.merge import check_merge, merge_adapter
 from finetune.export.models import MergedModel
 from finetune.export.prompts import greedy_tokens
 from finetune.export.quantized_base import trained_on_quantized_base
+from finetune.planning.models import TrialConfig
 from finetune.publishing import read_manifest
 from tests.finetune.export.conftest import PROMPTS, MakeAdapter
 
@@ -80,13 +81,16 @@ def test_streaming_is_bitwise_equal_to_peft(
     assert merged.merged_tensors == sum(not torch.equal(found[n], t) for n, t in weights(base.path).items()) > 0
 
 
-def test_streaming_a_bfloat16_model_is_bitwise_equal_to_peft(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["bfloat16", "float16", "float64"])
+def test_streaming_a_model_of_any_precision_is_bitwise_equal_to_peft(
+    base: BaseModelRef, adapter: Path, tmp_path: Path, precision: str
+) -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
     half = tmp_path / "half"
     shutil.copytree(base.path, half, ignore=shutil.ignore_patterns("*.safetensors*"))
-    AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.bfloat16).save_pretrained(half)
+    AutoModelForCausalLM.from_pretrained(base.path, dtype=getattr(torch, precision)).save_pretrained(half)
     merged = merge_adapter(
         base_model=base.model_copy(update={"path": half}),
         adapter_path=adapter,
@@ -95,7 +99,7 @@ def test_streaming_a_bfloat16_model_is_bitwise_equal_to_peft(base: BaseModelRef,
         validate_on=PROMPTS,
     )
     expected, found = merged_by_peft(half, adapter), weights(merged.path)
-    assert found["model.layers.0.self_attn.q_proj.weight"].dtype is torch.bfloat16
+    assert found["model.layers.0.self_attn.q_proj.weight"].dtype is getattr(torch, precision)
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
@@ -431,7 +435,8 @@ def test_merging_a_qlora_adapter_says_what_leaving_the_quantized_base_costs(
     trained = tmp_path / "adapter"
     shutil.copytree(adapter, trained)
     # As training notes it in the manifest of what it made.
-    (trained / "manifest.json").write_text('{"parameters": {"method": "qlora"}}')
+    parameters = TrialConfig(trial_id="t", method="qlora").model_dump()
+    (trained / "manifest.json").write_text(json.dumps({"parameters": parameters}))
     merged = merge_adapter(
         base_model=base, adapter_path=trained, output_dir=tmp_path / "m", run_id="r", validate_on=PROMPTS[:1]
     )
