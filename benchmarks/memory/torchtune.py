@@ -1,7 +1,7 @@
 """torchtune's two tables (pytorch/torchtune at bd2a0fc7c3, README.md): its conventions and the settings of each line.
 
-Peaks are PyTorch's own, in GiB. Chosen with sight of the tables: the bytes per logit, that paged optimizer states stay on
-the larger card and leave the smaller, and that activations are checkpointed on the smaller card alone.
+Peaks are PyTorch's own, in GiB. Chosen with sight of the tables: the bytes per logit, that paged optimizer states stay
+on the larger card and leave the smaller, and that LoRA's activations are checkpointed on the smaller card alone.
 """
 
 from __future__ import annotations
