@@ -81,6 +81,7 @@ def can_stream(model_path: Path, updates: Updates) -> bool:
     for shard in shard_paths(model_path):
         tensors.update(read_safetensors_header(shard))
     shapes = [tensor.shape for tensor in tensors.values()]
+    tied = json.loads((model_path / "config.json").read_bytes()).get("tie_word_embeddings", False)
 
     def fits(name: str, shape: tuple[int, ...]) -> bool:
         tensor = tensors.get(name)
@@ -98,9 +99,9 @@ def can_stream(model_path: Path, updates: Updates) -> bool:
 
     def replacement_fits(name: str, tensor: torch.Tensor) -> bool:
         shape = tuple(tensor.shape)
-        # Embeddings without a head of the same shape are tied to it: replacing them would replace it too.
-        embeddings = "embed" in name or "wte" in name
-        return fits(name, shape) and (not embeddings or shapes.count(shape) > 1)
+        # Replacing one of two tied tensors would replace the other too. Without one of its own, a head is tied.
+        shared = any(part in name for part in ("embed", "wte", "lm_head")) and (tied or shapes.count(shape) < 2)
+        return fits(name, shape) and not shared
 
     return (
         len(updates) > 0

@@ -210,6 +210,44 @@ def test_what_is_no_plain_lora_merges_through_peft(
     assert ("lm_head.weight" in weights(merged.path)) is untied
 
 
+@pytest.mark.parametrize(
+    ("tied", "stored"),
+    [(True, False), (True, True), (False, True)],
+    ids=["tied", "tied but stored twice", "untied"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_own_embeddings_and_head_are_streamed_only_where_each_has_its_tensor(
+    base: BaseModelRef, tmp_path: Path, tied: bool, stored: bool
+) -> None:
+    import torch
+    from peft import get_peft_model
+    from safetensors.torch import save_file
+    from transformers import AutoModelForCausalLM
+
+    tensors = weights(base.path)
+    if stored:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    model = tmp_path / "base"
+    shutil.copytree(base.path, model, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    (model / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(model)
+    changed = get_peft_model(loaded, lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    for name, parameter in changed.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    changed.save_pretrained(tmp_path / "adapter")
+    merged = merge_adapter(
+        base_model=base.model_copy(update={"path": model}),
+        adapter_path=tmp_path / "adapter",
+        output_dir=tmp_path / "m",
+        run_id="r",
+        validate_on=PROMPTS,
+    )
+    assert merged.method == ("streaming" if stored and not tied else "peft")
+
+
 def test_ia3_merges(base: BaseModelRef, make_adapter: MakeAdapter, tmp_path: Path) -> None:
     from peft import IA3Config
 
