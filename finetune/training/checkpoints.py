@@ -18,14 +18,15 @@ def seal_checkpoint(directory: Path, state: dict[str, Any]) -> None:
     write_json_atomically(directory / _MARK, {"files": files, "state": state})
 
 
-def newest_complete(checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+def newest_complete(checkpoints: Path, *, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint whose files are as they were when it was sealed, and its state.
 
-    A checkpoint that was not finished or was damaged since is skipped for the one before it.
+    A checkpoint that was not finished or was damaged since is skipped for the one before it. With `before`,
+    only checkpoints of earlier steps count.
     """
     found = [path for path in checkpoints.glob(f"{_PREFIX}*") if path.name.removeprefix(_PREFIX).isdigit()]
     for path in sorted(found, key=step_of, reverse=True):
-        state = _state_if_whole(path)
+        state = _state_if_whole(path) if before is None or step_of(path) < before else None
         if state is not None:
             return path, state
     return None

@@ -15,6 +15,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+import orjson
+
 from finetune.errors import TrainingError
 from finetune.progress import Progress, ProgressEvent
 from finetune.training.checkpoints import newest_complete, seal_checkpoint
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
 _REPORT_SECONDS = 2.0
 # A step that ends so long after the last one's may end after a pause in which another process took over.
 _ASK_SECONDS = 5.0
-# Steps whose mean loss is compared with the beginning's, and how far it may rise before the run is given up.
-_WINDOW = 20
+# A loss has diverged whose median over five steps is more than twice the lowest such median (or the first loss,
+# the base model's own), plus one nat: a spike of two steps is none, nor is a small loss that doubles.
+_WINDOW = 5
 _RISE_FACTOR, _RISE_NATS = 2.0, 1.0
+_NAMED = 16
 
 
 @dataclass
@@ -65,6 +69,7 @@ class Monitor:
     """The figures of a running training; its methods are called by `callback`.
 
     Args:
+        dataset: the JSON Lines file of the records.
         order: indices of records in the order in which they are trained.
         lines: line numbers of the records in the dataset.
         lengths: tokens of the records.
@@ -81,6 +86,7 @@ class Monitor:
         points: the loss curve up to the checkpoint that the training goes on from.
     """
 
+    dataset: Path
     order: Ints
     lines: Ints
     lengths: Ints
@@ -99,6 +105,9 @@ class Monitor:
     def __post_init__(self) -> None:
         self._tokens = self.lengths[self.order].cumsum()
         self._first_step = len(self.points)
+        self._lowest = min((self._median(end) for end in range(1, len(self.points) + 1)), default=math.inf)
+        # Whether the last loss was so high that the training may be diverging.
+        self.doubtful = False
         self._started = self._saved = self._reported = self._asked = time.monotonic()
 
     @property
@@ -151,11 +160,21 @@ class Monitor:
         if not math.isfinite(loss):
             self._give_up(step, f"the loss became {loss}")
         self.points.append(LossPoint(step=step, loss=loss, learning_rate=learning_rate))
-        losses = [point.loss for point in self.points[-_WINDOW:]]
-        begin = statistics.fmean(point.loss for point in self.points[:_WINDOW])
-        if len(self.points) > 2 * _WINDOW and statistics.fmean(losses) > _RISE_FACTOR * begin + _RISE_NATS:
-            self._give_up(step, f"the loss diverged from {begin:.3g} to {statistics.fmean(losses):.3g}")
         self._write(step, loss, learning_rate, gradient_norm)
+        self._refuse_divergence()
+
+    def _median(self, end: int) -> float:
+        """The median loss of the five steps up to the `end`-th, or of as many as there are."""
+        return statistics.median(point.loss for point in self.points[max(0, end - _WINDOW) : end])
+
+    def _refuse_divergence(self) -> None:
+        median = self._median(len(self.points))
+        self._lowest = min(self._lowest, median)
+        limit = _RISE_FACTOR * self._lowest + _RISE_NATS
+        self.doubtful = self.points[-1].loss > limit
+        if median > limit and len(self.points) >= _WINDOW:
+            left = next(point.step for point in self.points[-_WINDOW:] if point.loss > limit)
+            self._give_up(left, f"the loss diverged from {self._lowest:.3g} to {median:.3g}")
 
     def _write(self, step: int, loss: float, learning_rate: float, gradient_norm: float | None) -> None:
         now = time.monotonic()
@@ -178,15 +197,32 @@ class Monitor:
             self.progress(ProgressEvent("training", step, self.total_steps, "steps", figures))
 
     def _give_up(self, step: int, what: str) -> None:
-        last = newest_complete(self.checkpoints)
+        """End the training for what went wrong at a step.
+
+        Raises:
+            TrainingError: names the step, its records, and the newest checkpoint whose weights gave a good loss.
+        """
+        # The loss of a step is that of the weights that the step before it made.
+        last = newest_complete(self.checkpoints, before=step - 1)
         lines = self.lines_of(step)
-        shown = ", ".join(map(str, lines[:16])) + (", ..." if len(lines) > 16 else "")
+        shown = ", ".join(_with_ids(self.dataset, lines[:_NAMED])) + (", ..." if len(lines) > _NAMED else "")
         raise TrainingError(
             f"{what} at step {step} of {self.total_steps}, in the batch of the train.jsonl lines {shown}; "
             f"last good checkpoint: {last[0] if last else 'none'}",
             where=self.checkpoints,
             remedy="Look at these records, lower the learning rate, or plan with another precision",
         )
+
+
+def _with_ids(dataset: Path, lines: list[int]) -> list[str]:
+    """Line numbers, each with its record's id where it has one."""
+    names = {}
+    with dataset.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if number in lines:
+                record_id = orjson.loads(line).get("id")
+                names[number] = str(number) if record_id is None else f"{number} (id {record_id})"
+    return [names[number] for number in lines]
 
 
 def callback(monitor: Monitor) -> Any:
@@ -207,6 +243,8 @@ def callback(monitor: Monitor) -> Any:
         ) -> None:
             if "loss" in logs:
                 monitor.on_loss(state.global_step, logs["loss"], logs["learning_rate"], logs.get("grad_norm"))
+                # Only the newest checkpoints are kept: one that may be bad would push out a good one.
+                control.should_save &= not monitor.doubtful or monitor.stop.requested
 
         def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
             monitor.on_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")

@@ -170,6 +170,7 @@ def _attempt(
         # TRL's own use of names that transformers renames: nothing that a reader could act on.
         warnings.simplefilter("ignore", FutureWarning)
         monitor = Monitor(
+            dataset=request.dataset.train_path,
             order=training_order(data.lengths, trial),
             lines=data.lines,
             lengths=data.lengths,

@@ -121,13 +121,6 @@ def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(
     assert [point.loss for point in result.loss_curve] == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_loss_that_is_no_number_names_step_records_and_checkpoint(make_request: MakeRequest) -> None:
-    request = make_request(learning_rate=1e30, checkpoint_seconds=0.0, warmup_ratio=0.0)
-    with pytest.raises(TrainingError, match=r"loss became nan at step \d of 9, .*lines \d+.*checkpoint-\d"):
-        train_adapter(request)
-    assert not request.adapter_dir.exists()
-
-
 def test_answers_that_truncation_eats_are_refused_before_the_first_step(make_request: MakeRequest) -> None:
     fine = {"instruction": "Why?", "output": "So."}
     long = {"instruction": "Why? " * 100, "output": "So."}
