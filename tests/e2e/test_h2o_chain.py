@@ -6,19 +6,24 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.base_model.models import BaseModelRef
+from finetune.errors import RemoteError
 from finetune.evaluation.models import EvalReport
 from finetune.export.models import GgufExport, LmStudioExport, MergedModel, OllamaExport
 from finetune.publishing import read_manifest
 from finetune.registry.models import RegisteredVersion
 from finetune.training.models import TrainingResult
 from lora_assets.cli.demo import EXAMPLES
+from resources.h2o.protocol import Timing
+from resources.h2o_trainer import H2OTrainer
 from tests.e2e.conftest import Loop, data_root, new_loop
 from tests.h2o_gateway.process import KEY, REAL, GatewayProcess
+from tests.resources.h2o_training import request_in, train
 
 pytestmark = pytest.mark.e2e
 DATE = "2026-06-01"
@@ -149,6 +154,19 @@ def test_nothing_downstream_notices(chain: Chain) -> None:
     modelfile = (loop.value("modelfile", DATE, OllamaExport).path / "Modelfile").read_text()
     assert modelfile.count("\nADAPTER ") == 1
     assert modelfile.startswith("FROM ")
+
+
+def test_a_training_is_cancelled_on_the_gateway(chain: Chain, tiny_model: BaseModelRef, tmp_path: Path) -> None:
+    request = request_in(tmp_path).model_copy(update={"base_model": tiny_model})
+    timing = Timing(poll=0.2, poll_ceiling=0.2, total=1)
+    trainer = H2OTrainer(api_url=chain.gateway.url, api_key=KEY, timing=timing)
+    with pytest.raises(RemoteError, match="took longer than 1 s"):
+        train(trainer, request)
+    assert trainer.cancel(request.run_id, request.work_dir)
+    [newest, _] = chain.gateway.http.get("/api/experiments").json()["experiments"]
+    assert newest["idempotency_key"] == request.run_id
+    assert chain.gateway.wait(newest["id"], "stopped")
+    assert not trainer.cancel(request.run_id, request.work_dir), "there is nothing left to cancel"
 
 
 def test_the_key_is_in_nothing_that_the_loop_wrote(chain: Chain) -> None:

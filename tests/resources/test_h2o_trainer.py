@@ -3,8 +3,6 @@ import logging
 import os
 import ssl
 import stat
-import subprocess
-import sys
 import threading
 import warnings
 import zipfile
@@ -543,25 +541,6 @@ def test_a_dataset_that_the_server_forgot_is_uploaded_again_by_the_next_run(
     assert server.calls.count("upload") == 2
 
 
-CLIENT = """
-import sys
-from pathlib import Path
-from tests.resources.h2o_server import KEY
-from tests.resources.h2o_training import FAST, request_in
-from resources.h2o.protocol import Timing
-from resources.h2o_trainer import H2OTrainer
-trainer = H2OTrainer(api_url=sys.argv[1], api_key=KEY, timing=Timing(**FAST))
-trainer.train(request_in(Path(sys.argv[2])), on_progress=lambda event: None, on_external_run=lambda run, url: None)
-libraries = {"torch", "transformers", "peft", "trl", "datasets", "safetensors"} & set(sys.modules)
-assert not libraries, libraries
-"""
-
-
-def start_client(server: H2OServer, root: Path) -> subprocess.Popen[bytes]:
-    repository = Path(__file__).parents[2]
-    return subprocess.Popen([sys.executable, "-c", CLIENT, server.url, str(root)], cwd=repository)
-
-
 def test_peft_loads_what_arrived_and_computes_the_same(
     server: H2OServer, request_: TrainingRequest, tmp_path: Path
 ) -> None:
@@ -590,11 +569,6 @@ def test_peft_loads_what_arrived_and_computes_the_same(
     assert torch.equal(arrived, expected)
     assert not torch.allclose(arrived, plain)
     assert result.adapter_hash == adapter_hash(tmp_path / "trained")
-
-
-def test_no_training_library_is_loaded(server: H2OServer, tmp_path: Path) -> None:
-    assert start_client(server, tmp_path).wait(60) == 0
-    assert is_complete(tmp_path / "adapters" / "20260101-abc")
 
 
 @pytest.fixture
