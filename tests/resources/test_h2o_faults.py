@@ -21,7 +21,17 @@ from resources.h2o import client, polling
 from resources.h2o.client import backoff
 from resources.h2o.protocol import Protocol, Timing
 from resources.h2o_trainer import H2OTrainer
-from tests.resources.h2o_server import KEY, H2OServer, Handler, adapter_files, archive, half_closes, says
+from tests.resources.h2o_server import (
+    KEY,
+    Fault,
+    H2OServer,
+    Handler,
+    adapter_files,
+    archive,
+    half_closes,
+    says,
+    truncates,
+)
 from tests.resources.h2o_training import FAST, train, trainer_for
 
 
@@ -343,3 +353,57 @@ def test_neither_upload_nor_download_is_held_in_memory(server: H2OServer, tmp_pa
     )
     assert len(server.uploaded["ds-1"]) == 50_000_000
     assert float(done.stdout) < 20, "MB more than before, with 50 MB each way"
+
+
+def test_a_server_that_stored_other_bytes_is_not_trusted_with_a_training(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    server.faults["upload"] = [says(201, b'{"id": "ds-1", "sha256": "' + b"0" * 64 + b'"}')] * 5
+    with pytest.raises(RemoteError, match=r"stored SHA-256 0000"):
+        train(trainer_for(server), request_)
+    assert server.struck == ["upload"] * 5
+    assert "create" not in server.calls
+
+
+def delivers(server: H2OServer, **headers: str) -> Fault:
+    """The archive, with these headers."""
+
+    def fault(handler: Handler) -> bool:
+        handler.reply(200, server.archive, {name.replace("_", "-"): value for name, value in headers.items()})
+        return True
+
+    return fault
+
+
+def test_a_hash_that_comes_with_the_download_counts_where_the_experiment_tells_none(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    server.tells_sha256 = False
+    server.faults["download"] = [delivers(server, X_Checksum_Sha256="0" * 64)] * 2
+    with pytest.raises(RemoteError, match=rf"SHA-256 {server.sha256} instead of 0000.*twice"):
+        train(trainer_for(server), request_)
+    server.faults["download"] = [delivers(server, X_Checksum_Sha256=server.sha256)]
+    assert train(trainer_for(server), request_).status == "completed"
+    assert server.struck == ["download"] * 3
+
+
+def test_a_compressed_download_is_refused_since_its_size_and_ranges_would_be_of_something_else(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    server.faults["download"] = [delivers(server, Content_Encoding="gzip")] * 5
+    with pytest.raises(RemoteError, match="compresses the download against our wish"):
+        train(trainer_for(server), request_)
+    assert server.struck == ["download"] * 5
+
+
+@pytest.mark.parametrize("content_range", ["", "bytes 999999-1000000/5", "bytes a-b/c", "lines 0-9/10"])
+def test_a_partial_answer_that_does_not_say_where_it_belongs_is_not_put_together(
+    server: H2OServer, request_: TrainingRequest, content_range: str
+) -> None:
+    def partial(handler: Handler) -> bool:
+        handler.reply(206, b"zip", {"Content-Range": content_range, "ETag": '"v1"'})
+        return True
+
+    server.faults["download"] = [truncates, partial]
+    assert train(trainer_for(server), request_).status == "completed"
+    assert server.struck == ["download", "download"]
