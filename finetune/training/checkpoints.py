@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from finetune.errors import ConfigurationError
 from finetune.publishing import sha256_file, write_json_atomically
 
 _MARK = "complete.json"
@@ -30,6 +31,32 @@ def newest_complete(checkpoints: Path, *, before: int | None = None) -> tuple[Pa
         if state is not None:
             return path, state
     return None
+
+
+def named_checkpoint(path: Path, run_id: str) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint that somebody names, and its state.
+
+    Args:
+        path: its directory, ``checkpoint-<step>``.
+        run_id: the training that shall go on from it.
+
+    Raises:
+        ConfigurationError: there is no whole checkpoint, or it is that of another training.
+    """
+    state = _state_if_whole(path) if path.name.removeprefix(_PREFIX).isdigit() else None
+    if state is None:
+        raise ConfigurationError(
+            "no whole checkpoint here",
+            where=path,
+            remedy=f"Name a directory {_PREFIX}<step> whose files are as they were written",
+        )
+    if state["run_id"] != run_id:
+        raise ConfigurationError(
+            f"this checkpoint belongs to the training {state['run_id']}, not to {run_id}",
+            where=path,
+            remedy="Give the dataset, the plan and the base model that it was made with",
+        )
+    return path, state
 
 
 def step_of(checkpoint: Path) -> int:

@@ -69,3 +69,5 @@ class TrainingRequest(BaseModel):
     work_dir: Path
     # seconds between checkpoints; 0 takes one after every optimizer step
     checkpoint_seconds: float = 120.0
+    # a checkpoint of the same training to go on from, unless the work directory holds a newer one
+    resume_from: Path | None = None

@@ -69,6 +69,7 @@ class Monitor:
     """The figures of a running training; its methods are called by `callback`.
 
     Args:
+        run_id: the training's name.
         dataset: the JSON Lines file of the records.
         order: indices of records in the order in which they are trained.
         lines: line numbers of the records in the dataset.
@@ -86,6 +87,7 @@ class Monitor:
         points: the loss curve up to the checkpoint that the training goes on from.
     """
 
+    run_id: str
     dataset: Path
     order: Ints
     lines: Ints
@@ -148,7 +150,8 @@ class Monitor:
             TransientError: another process has taken the training over meanwhile.
         """
         refuse_if_taken_over(self.still_mine, directory)
-        seal_checkpoint(directory, {"seconds": self.seconds, "points": [point.model_dump() for point in self.points]})
+        points = [point.model_dump() for point in self.points]
+        seal_checkpoint(directory, {"run_id": self.run_id, "seconds": self.seconds, "points": points})
         self._saved = time.monotonic()
 
     def on_loss(self, step: int, loss: float, learning_rate: float, gradient_norm: float | None) -> None:

@@ -14,8 +14,10 @@ from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest
 
 
-def request_for_file(dataset: Path, *, plan: TrainingPlan, base_model: BaseModelRef, output: Path) -> TrainingRequest:
-    """A request to train on a file of records; its work directory is the hidden sibling ``.<output>.work``.
+def request_for_file(
+    dataset: Path, *, plan: TrainingPlan, base_model: BaseModelRef, output: Path, resume_from: Path | None = None
+) -> TrainingRequest:
+    """A request to train on a file of records; its work directory lies in the hidden sibling ``.<output>.work``.
 
     The same file, plan, base model and output give the same request, so that a killed training goes on.
 
@@ -25,7 +27,15 @@ def request_for_file(dataset: Path, *, plan: TrainingPlan, base_model: BaseModel
     if not dataset.is_file():
         raise DatasetError("no file of records here", where=dataset, remedy="Name a JSONL file of records")
     fingerprint = sha256_file(dataset)[:16]
-    work = output.with_name(f".{output.name}.work")
+    run_id = training_run_id(
+        date="file",
+        dataset_fingerprint=fingerprint,
+        trial=plan.trial_config,
+        base_model=base_model,
+        backend="hf-peft",
+    )
+    # A training of its own for each plan: none goes on from another one's checkpoint.
+    work = output.with_name(f".{output.name}.work") / run_id
     # Trainers read `train.jsonl` of a prepared dataset; the file stays where it is.
     prepared = work / "dataset" / fingerprint
     prepared.mkdir(parents=True, exist_ok=True)
@@ -34,13 +44,7 @@ def request_for_file(dataset: Path, *, plan: TrainingPlan, base_model: BaseModel
         link.symlink_to(dataset.absolute())
     lines = count_lines(dataset)
     return TrainingRequest(
-        run_id=training_run_id(
-            date="file",
-            dataset_fingerprint=fingerprint,
-            trial=plan.trial_config,
-            base_model=base_model,
-            backend="hf-peft",
-        ),
+        run_id=run_id,
         date="file",
         dataset=PreparedDataset(
             path=prepared,
@@ -56,4 +60,5 @@ def request_for_file(dataset: Path, *, plan: TrainingPlan, base_model: BaseModel
         base_model=base_model,
         adapter_dir=output,
         work_dir=work,
+        resume_from=resume_from,
     )

@@ -31,7 +31,7 @@ from finetune.training.adapters import (
 )
 from finetune.training.batches import refuse_leaking_attention, refuse_wrong_labels
 from finetune.training.card import model_card
-from finetune.training.checkpoints import newest_complete, step_of
+from finetune.training.checkpoints import named_checkpoint, newest_complete, step_of
 from finetune.training.data import TrainingData, read_training_data, total_steps, training_order
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
 from finetune.training.monitor import Monitor, callback, stop_on_sigterm
@@ -89,7 +89,8 @@ def train_adapter(
         still_mine: asked before every checkpoint and before the publication whether this process may.
 
     Raises:
-        ConfigurationError: the plan's method needs a GPU or a library that is not there.
+        ConfigurationError: the plan's method needs a GPU or a library that is not there, or `resume_from` is no
+            checkpoint of this training.
         BaseModelError: the base model or its tokenizer is missing or damaged.
         TrainingError: records have nothing to learn from; the loss became NaN or diverged.
         StorageFullError: the disk is full; run again when there is room.
@@ -157,11 +158,11 @@ def _attempt(
 
     trial = request.plan.trial_config
     checkpoints = request.work_dir / "checkpoints"
-    resumed = newest_complete(checkpoints)
+    resumed = _checkpoint_of(request, checkpoints)
     state: dict[str, Any] = resumed[1] if resumed else {"seconds": 0.0, "points": []}
     points = [LossPoint.model_validate(point) for point in state["points"]]
     log_path = request.work_dir / LOG_NAME
-    _keep_log(log_path, len(points))
+    _keep_log(log_path, points)
     with (
         SummaryWriter(str(request.work_dir / "tensorboard"), purge_step=len(points)) as writer,
         stop_on_sigterm() as stop,
@@ -170,6 +171,7 @@ def _attempt(
         # TRL's own use of names that transformers renames: nothing that a reader could act on.
         warnings.simplefilter("ignore", FutureWarning)
         monitor = Monitor(
+            run_id=request.run_id,
             dataset=request.dataset.train_path,
             order=training_order(data.lengths, trial),
             lines=data.lines,
@@ -308,10 +310,23 @@ def _publish(
     return result
 
 
-def _keep_log(path: Path, steps: int) -> None:
-    """Cut the log back to the steps that the checkpoint holds: the others are trained again."""
+def _checkpoint_of(request: TrainingRequest, checkpoints: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint to go on from: of the newest and the one that the request names, the later."""
+    found = newest_complete(checkpoints)
+    if request.resume_from is None:
+        return found
+    named = named_checkpoint(request.resume_from, request.run_id)
+    return found if found and step_of(found[0]) >= step_of(named[0]) else named
+
+
+def _keep_log(path: Path, points: list[LossPoint]) -> None:
+    """Bring the log to the steps that the checkpoint holds: the others are trained again.
+
+    Where a checkpoint comes without its log, the log holds what the checkpoint knows of its steps.
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= steps]
+    written = {json.loads(line)["step"]: line for line in lines if line.endswith("\n")}
+    kept = [written.get(point.step, json.dumps(point.model_dump()) + "\n") for point in points]
     path.write_text("".join(kept), encoding="utf-8")
 
 

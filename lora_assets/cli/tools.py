@@ -103,6 +103,14 @@ def train(
         TrainableMethod | None, typer.Option(help="How to train, where a plan is made; default: TRAINING_METHOD.")
     ] = None,
     attention: AttentionOption = None,
+    dora: Annotated[bool, typer.Option("--dora", help="Weight-decomposed LoRA, where a plan is made.")] = False,
+    rslora: Annotated[bool, typer.Option("--rslora", help="Rank-stabilized LoRA, where a plan is made.")] = False,
+    pissa: Annotated[
+        bool, typer.Option("--pissa", help="Start from principal singular vectors, where a plan is made.")
+    ] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the same training elsewhere; its own are found without.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything up to loading the model.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -131,6 +139,9 @@ def train(
             micro_batch=settings.micro_batch,
             accumulation=settings.accumulation,
             attention=attention,
+            use_dora=dora or None,
+            use_rslora=rslora or None,
+            use_pissa=pissa or None,
             seed=settings.seed,
         )
         chosen = make_plan(
@@ -154,7 +165,13 @@ def train(
             print_plan(chosen)
             result = result.model_copy(update={"plan": None})
     else:
-        request = request_for_file(dataset, plan=chosen, base_model=base, output=output.absolute())
+        request = request_for_file(
+            dataset,
+            plan=chosen,
+            base_model=base,
+            output=output.absolute(),
+            resume_from=resume_from.absolute() if resume_from else None,
+        )
         result = train_adapter(request, on_progress=progress(as_json))
     show(result, as_json)
 

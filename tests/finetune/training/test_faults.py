@@ -98,6 +98,26 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
     assert train_adapter(request).resumed_from_step == step_of(newest) - 1
 
 
+def test_a_named_checkpoint_is_gone_on_from_unless_it_is_damaged_or_of_another_training(
+    make_request: MakeRequest,
+) -> None:
+    stopped = make_request()
+    with pytest.raises(TransientError):
+        train_adapter(stopped, on_progress=stop_after_first_step)
+    checkpoint = stopped.work_dir / "checkpoints" / "checkpoint-2"
+    elsewhere = make_request(place="elsewhere").model_copy(update={"resume_from": checkpoint})
+    with pytest.raises(ConfigurationError, match=r"belongs to the training 20260601-0123456789, not to other"):
+        train_adapter(elsewhere.model_copy(update={"run_id": "other"}))
+    with pytest.raises(ConfigurationError, match="no whole checkpoint here"):
+        train_adapter(elsewhere.model_copy(update={"resume_from": checkpoint.parent}))
+    resumed = train_adapter(elsewhere)
+    assert resumed.resumed_from_step == 2
+    assert resumed.adapter_hash == train_adapter(make_request(place="whole")).adapter_hash
+    (checkpoint / "optimizer.pt").write_bytes(b"")
+    with pytest.raises(ConfigurationError, match="no whole checkpoint here"):
+        train_adapter(make_request(place="again").model_copy(update={"resume_from": checkpoint}))
+
+
 def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(
     make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ def monitor_of(tmp_path: Path, losses: list[float], *, steps: int) -> Monitor:
     dataset = tmp_path / "train.jsonl"
     dataset.write_text("{}\n" * steps)
     return Monitor(
+        run_id="r1",
         dataset=dataset,
         order=np.arange(steps),
         lines=np.arange(1, steps + 1),
