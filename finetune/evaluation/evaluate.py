@@ -68,6 +68,7 @@ def evaluate_adapter(
     Raises:
         DatasetError: no held-out record can be scored.
         ConfigurationError: the regression prompts are not as they should be, or a task cannot be run.
+        RemoteError: a task's data cannot be fetched.
         BaseModelError: the base model cannot be loaded.
         ArtifactError: an adapter is damaged, does not fit the base model, or gives losses that are no numbers.
     """

@@ -56,6 +56,7 @@ def measure(
 
     Raises:
         ConfigurationError: a task cannot be run.
+        RemoteError: a task's data cannot be fetched.
         BaseModelError: the base model cannot be loaded.
         ArtifactError: an adapter is damaged, does not fit the base model, or gives losses that are no numbers.
     """

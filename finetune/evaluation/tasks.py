@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ConfigurationError
+from finetune.errors import ConfigurationError, RemoteError
 from finetune.evaluation.models import TaskScore
 from finetune.publishing import sha256_file, sha256_json
 
@@ -99,6 +99,7 @@ def run_tasks(
 
     Raises:
         ConfigurationError: the harness cannot read a task's data.
+        RemoteError: the hub, where the data are, cannot be reached.
     """
     if manager is None:
         return {}
@@ -112,11 +113,17 @@ def run_tasks(
         found = simple_evaluate(
             harness, tasks=list(tasks.names), task_manager=manager, log_samples=False, bootstrap_iters=0
         )
+    except ConnectionError as error:
+        raise RemoteError(
+            f"the data of {', '.join(tasks.names)} cannot be fetched: {error}",
+            where="EVAL_TASKS",
+            remedy="Try again later, or where the hub can be reached: its cache is used from then on",
+        ) from error
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ConfigurationError(
             f"lm-eval cannot run {', '.join(tasks.names)}: {error}",
             where="EVAL_TASKS",
-            remedy="Tasks' data come from the hub: see that it can be reached, or that they are in its cache",
+            remedy="Correct the task's file, or take it out of EVAL_TASKS",
         ) from error
     return {task: _figures(results) for task, results in sorted(found["results"].items())}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.base_model.models import BaseModelRef
-from finetune.errors import ConfigurationError
+from finetune.errors import ConfigurationError, RemoteError
 from finetune.evaluation.evaluate import evaluate_adapter
 from finetune.evaluation.models import EvalReport
 from finetune.evaluation.tasks import EvalTasks
@@ -107,6 +107,23 @@ def test_a_task_without_its_data_says_where_they_come_from(
 ) -> None:
     (directory / "data.jsonl").unlink()
     with pytest.raises(ConfigurationError, match=r"cannot run which_word.*data\.jsonl"):
+        evaluate(random_base, random_adapter, held_out_file, tmp_path / "out", EvalTasks(["which_word"], directory))
+
+
+def test_an_unreachable_hub_is_worth_another_try(
+    random_base: BaseModelRef,
+    random_adapter: Path,
+    held_out_file: Path,
+    directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def unreachable(*arguments: Any, **options: Any) -> Any:
+        # What `datasets` raises after its own tries.
+        raise ConnectionError("Couldn't reach 'somebody/something' on the Hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(RemoteError, match="which_word cannot be fetched"):
         evaluate(random_base, random_adapter, held_out_file, tmp_path / "out", EvalTasks(["which_word"], directory))
 
 
