@@ -87,20 +87,20 @@ class RecordEncoder:
         """
         return ChatTemplate.load(self._model_dir)
 
-    def encode(self, records: Sequence[Mapping[str, Any]]) -> list[EncodedRecord]:
+    def encode(self, records: Sequence[Mapping[str, Any]], *, first: int = 1) -> list[EncodedRecord]:
         """Tokens of each record, in order.
 
         A conversation is written with the chat template; the loss counts what the assistant says and
         the token that ends its turn. A plain text record is trained whole. Every record ends with a
-        token that ends generation, so that the model learns to stop.
+        token that ends generation, so that the model learns to stop. Errors count the records from `first`.
 
         Raises:
             BaseModelError: a conversation came and the model has no chat template.
             DatasetError: the template refuses a record.
         """
         encoded: list[EncodedRecord] = []
-        for first in range(0, len(records), _BATCH):
-            encoded += self._encode_batch(records[first : first + _BATCH], first)
+        for start in range(0, len(records), _BATCH):
+            encoded += self._encode_batch(records[start : start + _BATCH], first + start)
         return encoded
 
     def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
@@ -121,16 +121,16 @@ class RecordEncoder:
         texts: list[str] = []
         spans: list[list[Span] | None] = []
         for index, record in enumerate(records):
-            messages = as_messages(record)
-            if messages is None:
-                texts.append(record["text"])
-                spans.append(None)
-                continue
             try:
+                messages = as_messages(record)
+                if messages is None:
+                    texts.append(record["text"])
+                    spans.append(None)
+                    continue
                 rendered = self.template.render(messages)
             except DatasetError as error:
                 raise DatasetError(
-                    f"record {first + index + 1}: {error.what}", where=error.where, remedy=error.remedy
+                    f"record {first + index}: {error.what}", where=error.where, remedy=error.remedy
                 ) from error
             texts.append(rendered.text)
             spans.append(rendered.assistant_spans)

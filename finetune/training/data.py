@@ -77,7 +77,7 @@ def read_training_data(path: Path, encoder: RecordEncoder, max_length: int) -> T
     silent: list[str] = []
     needed = truncated = 0
     for first, records in _chunks(path):
-        for number, record in enumerate(encoder.encode(records), start=first):
+        for number, record in enumerate(encoder.encode(records, first=first), start=first):
             tokens, mask = np.array(record.input_ids, np.int32), np.array(record.trained_mask, bool)
             truncated += len(tokens) > max_length
             if not mask[1:max_length].any():

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import BaseModelError, ConfigurationError, TrainingError, TransientError
+from finetune.errors import BaseModelError, ConfigurationError, DatasetError, TrainingError, TransientError
 from finetune.progress import ProgressEvent
 from finetune.training import monitor
 from finetune.training.checkpoints import newest_complete, step_of
@@ -146,6 +146,44 @@ def test_answers_that_truncation_eats_are_refused_before_the_first_step(make_req
     long = {"instruction": "Why? " * 100, "output": "So."}
     with pytest.raises(TrainingError, match=r"1 of 2 records .* max_length 64: line 2 \(the answer begins at token"):
         train_adapter(make_request(records=[fine, long], max_length=64))
+
+
+def test_records_whose_labels_are_all_ignored_are_named_before_the_first_step(
+    own_model: TrainingRequest, make_request: MakeRequest
+) -> None:
+    text = "{% for m in messages %}{{ m.role }}: {% if m.content == 'So.' %}{% generation %}So.{% endgeneration %}"
+    marks_one_answer = text + "{% else %}{{ m.content }}{% endif %}\n{% endfor %}"
+    (own_model.base_model.path / "chat_template.jinja").write_text(marks_one_answer)
+    records = [{"instruction": "Why?", "output": output} for output in ("So.", "Because.", "So.", "Thus.")]
+    request = make_request(base_model=own_model.base_model, records=records)
+    with pytest.raises(TrainingError, match=r"2 of 4 records .*: line 2 \(no answer\), line 4 \(no answer\)"):
+        train_adapter(request)
+    assert not request.work_dir.exists()
+
+
+def test_what_is_no_training_record_is_named(make_request: MakeRequest) -> None:
+    silent = {"messages": [{"role": "user", "content": "Is anybody there?"}]}
+    with pytest.raises(DatasetError, match="record 2: not a training record: no_assistant_turn"):
+        train_adapter(make_request(records=[{"instruction": "Why?", "output": "So."}, silent]))
+
+
+def test_a_template_without_generation_markers_that_writes_earlier_turns_anew_is_refused_with_the_record_named(
+    own_model: TrainingRequest, make_request: MakeRequest
+) -> None:
+    forgetful = "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '...' }}\n{% endfor %}"
+    (own_model.base_model.path / "chat_template.jinja").write_text(forgetful)
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user", "assistant")]
+    fine = {"instruction": "Why?", "output": "So."}
+    # Behind more records than are encoded at once.
+    request = make_request(base_model=own_model.base_model, records=[*[fine] * 2050, {"messages": turns}])
+    with pytest.raises(DatasetError, match=r"record 1: .*no generation markers.*Put \{% generation %\}"):
+        train_adapter(request)
+    keeps = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last or loop.index < 3 else '...' }}\n{% endfor %}"
+    )
+    (own_model.base_model.path / "chat_template.jinja").write_text(late)
+    with pytest.raises(DatasetError, match=r"record 2051: .*no generation markers"):
+        train_adapter(request)
 
 
 def test_a_long_answer_is_cut_on_purpose_and_counted(make_request: MakeRequest) -> None:
