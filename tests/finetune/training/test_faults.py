@@ -178,9 +178,7 @@ def test_a_template_without_generation_markers_that_writes_earlier_turns_anew_is
     request = make_request(base_model=own_model.base_model, records=[*[fine] * 2050, {"messages": turns}])
     with pytest.raises(DatasetError, match=r"record 1: .*no generation markers.*Put \{% generation %\}"):
         train_adapter(request)
-    keeps = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last or loop.index < 3 else '...' }}\n{% endfor %}"
-    )
+    late = forgetful.replace("loop.last", "loop.last or loop.index < 3")
     (own_model.base_model.path / "chat_template.jinja").write_text(late)
     with pytest.raises(DatasetError, match=r"record 2051: .*no generation markers"):
         train_adapter(request)
