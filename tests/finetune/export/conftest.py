@@ -120,11 +120,14 @@ MakeAdapter = Callable[..., Path]
 @pytest.fixture(scope="session")
 def make_adapter(base: BaseModelRef, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
     """Trains an adapter of the base by a peft configuration."""
+    import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     def make(config: Any, *, steps: int = 1, rate: float = 5e-3) -> Path:
         path = tmp_path_factory.mktemp("adapter")
+        # The same adapter whatever tests came before.
+        torch.manual_seed(0)
         model = get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), config)
         train(model, AutoTokenizer.from_pretrained(base.path), QUESTIONS | TAUGHT, steps=steps, rate=rate)
         model.save_pretrained(path)
