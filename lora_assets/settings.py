@@ -21,6 +21,7 @@ from finetune.errors import ConfigurationError
 from finetune.layout import DataLayout
 from finetune.planning.models import Task, TrainableMethod
 from finetune.publishing import sha256_json
+from finetune.training.reporting import Tracker
 
 ExportTarget = Literal["ollama", "lmstudio", "gguf", "vllm"]
 Quantization = Literal["F16", "BF16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"]
@@ -124,6 +125,9 @@ class Settings(BaseSettings):
         None, gt=0, description="A training that is estimated to take longer does not start; unset: no limit."
     )
     seed: int = Field(42, description="Seed of everything random.")
+    report_to: Tracker = Field(
+        "none", description="Where a local training is tracked beside TensorBoard: none, mlflow or wandb."
+    )
 
     min_champion_gain: float = Field(
         0.001,

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from finetune.base_model.models import BaseModelRef
 from finetune.dataset.models import PreparedDataset
 from finetune.planning.models import TrainingPlan
+from finetune.training.reporting import Tracker
 
 
 class LossPoint(BaseModel):
@@ -71,3 +72,5 @@ class TrainingRequest(BaseModel):
     checkpoint_seconds: float = 120.0
     # a checkpoint of the same training to go on from, unless the work directory holds a newer one
     resume_from: Path | None = None
+    # where figures are reported beside TensorBoard
+    report_to: Tracker = "none"

@@ -21,6 +21,7 @@ from finetune.errors import TrainingError
 from finetune.progress import Progress, ProgressEvent
 from finetune.training.checkpoints import newest_complete, seal_checkpoint
 from finetune.training.data import Ints
+from finetune.training.memory import peak_memory_gb
 from finetune.training.models import LossPoint
 from finetune.training.ownership import StillMine, refuse_if_taken_over
 
@@ -188,6 +189,7 @@ class Monitor:
             "learning_rate": learning_rate,
             "tokens_per_second": (self.tokens_at(step) - self.tokens_at(self._first_step)) / elapsed,
             "eta_seconds": elapsed / done * (self.total_steps - step),
+            "peak_memory_gb": peak_memory_gb(),
         }
         if gradient_norm is not None:
             figures["gradient_norm"] = gradient_norm

@@ -12,10 +12,17 @@ from finetune.planning.models import TrainingPlan
 from finetune.publishing import sha256_file
 from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest
+from finetune.training.reporting import Tracker
 
 
 def request_for_file(
-    dataset: Path, *, plan: TrainingPlan, base_model: BaseModelRef, output: Path, resume_from: Path | None = None
+    dataset: Path,
+    *,
+    plan: TrainingPlan,
+    base_model: BaseModelRef,
+    output: Path,
+    resume_from: Path | None = None,
+    report_to: Tracker = "none",
 ) -> TrainingRequest:
     """A request to train on a file of records; its work directory lies in the hidden sibling ``.<output>.work``.
 
@@ -61,4 +68,5 @@ def request_for_file(
         adapter_dir=output,
         work_dir=work,
         resume_from=resume_from,
+        report_to=report_to,
     )

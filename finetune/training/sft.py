@@ -5,9 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import json
-import resource
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,6 @@ from finetune.adapter_files import adapter_hash, read_adapter_config
 from finetune.chat.encode import RecordEncoder
 from finetune.errors import StorageFullError, TrainingError, TransientError
 from finetune.planning.model_config import read_model_shape
-from finetune.planning.models import TrialConfig
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest
 from finetune.training.adapters import (
@@ -33,10 +30,12 @@ from finetune.training.batches import refuse_leaking_attention, refuse_wrong_lab
 from finetune.training.card import model_card
 from finetune.training.checkpoints import named_checkpoint, newest_complete, step_of
 from finetune.training.data import TrainingData, read_training_data, total_steps, training_order
+from finetune.training.memory import peak_memory_gb
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
 from finetune.training.monitor import Monitor, callback, stop_on_sigterm
 from finetune.training.ownership import StillMine, always_mine, refuse_if_taken_over
 from finetune.training.plots import loss_curve_png
+from finetune.training.reporting import failure_reported, refuse_missing_tracker
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -100,6 +99,7 @@ def train_adapter(
     if is_complete(request.adapter_dir):
         return _published(request).model_copy(update={"reused": True})
     refuse_missing_hardware(request.plan.trial_config)
+    refuse_missing_tracker(request.report_to)
     on_progress(ProgressEvent("reading records", 0, None, "records"))
     data = _read(request)
     on_progress(ProgressEvent("loading the base model", 0, None, "models"))
@@ -166,6 +166,7 @@ def _attempt(
     with (
         SummaryWriter(str(request.work_dir / "tensorboard"), purge_step=len(points)) as writer,
         stop_on_sigterm() as stop,
+        failure_reported(request.report_to),
         warnings.catch_warnings(),
     ):
         # TRL's own use of names that transformers renames: nothing that a reader could act on.
@@ -208,7 +209,7 @@ def _attempt(
         loss_curve=monitor.points,
         tokens_seen=monitor.tokens_at(monitor.total_steps),
         tokens_per_second=monitor.tokens_at(monitor.total_steps) / monitor.seconds,
-        peak_memory_gb=_peak_memory_gb(),
+        peak_memory_gb=peak_memory_gb(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         seconds=monitor.seconds,
         resumed_from_step=step_of(resumed[0]) if resumed else 0,
@@ -239,7 +240,7 @@ def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor,
         save_pissa_start(adapted, request.work_dir / _PISSA_START)
     trainer = SFTTrainer(
         model=adapted,
-        args=_arguments(trial, micro_batch, monitor.checkpoints),
+        args=_arguments(request, micro_batch, monitor.checkpoints),
         train_dataset=data.as_dataset().select(monitor.order),
         processing_class=AutoTokenizer.from_pretrained(request.base_model.path, local_files_only=True),
         callbacks=[callback(monitor)],
@@ -251,10 +252,11 @@ def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor,
     return trainer
 
 
-def _arguments(trial: TrialConfig, micro_batch: int, checkpoints: Path) -> SFTConfig:
+def _arguments(request: TrainingRequest, micro_batch: int, checkpoints: Path) -> SFTConfig:
     import torch
     from trl import SFTConfig
 
+    trial = request.plan.trial_config
     on_gpu = torch.cuda.is_available()
     return SFTConfig(
         output_dir=str(checkpoints),
@@ -280,7 +282,9 @@ def _arguments(trial: TrialConfig, micro_batch: int, checkpoints: Path) -> SFTCo
         # The monitor decides when.
         save_strategy="no",
         save_total_limit=2,
-        report_to="none",
+        # TensorBoard is ours: it goes on in the same files when a training is resumed.
+        report_to=request.report_to,
+        run_name=request.run_id,
         disable_tqdm=True,
         dataloader_pin_memory=on_gpu,
     )
@@ -334,21 +338,6 @@ def _final_loss(points: list[LossPoint]) -> float | None:
     """The mean of the last tenth of the steps, at least five: a single step is noise."""
     last = [point.loss for point in points[-max(5, len(points) // 10) :]]
     return sum(last) / len(last) if last else None
-
-
-def _peak_memory_gb() -> float:
-    """Peak memory in GB (10^9 bytes): what the GPU must have where there is one, else this process's resident set.
-
-    That is the most that PyTorch's allocator held, and what the GPU holds beside it: the CUDA context.
-    """
-    import torch
-
-    if torch.cuda.is_available():
-        free, total = torch.cuda.mem_get_info()
-        beside = total - free - torch.cuda.memory_reserved()
-        return float(torch.cuda.max_memory_reserved() + beside) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 @contextmanager

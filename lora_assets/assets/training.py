@@ -1,5 +1,7 @@
 """From a profile to a plan, and from there to an adapter."""
 
+import math
+import time
 from typing import Any
 
 import dagster as dg
@@ -12,7 +14,7 @@ from finetune.planning.history import Measurement
 from finetune.planning.models import Method, Task, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan
-from finetune.progress import Progress
+from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import is_complete
 from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest, TrainingResult
@@ -36,6 +38,8 @@ from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
 from resources.trainer import LoraTrainer
 
+# Time between two looks at a running training that stay on its asset.
+SECONDS_BETWEEN_OBSERVATIONS = 30.0
 TRAINS_HERE = SETTINGS.training_backend == "hf-peft"
 # What the run log keeps of a training.
 LOGGED = {"final_loss", "training_steps", "gpu_hours", "tokens_seen", "tokens_per_second", "peak_memory_gb"}
@@ -157,6 +161,7 @@ def adapter(
         base_model=base,
         adapter_dir=store.layout.adapter(run_id),
         work_dir=store.layout.work(run_id),
+        report_to=SETTINGS.report_to,
     )
     with no_retry_if_permanent():
         result = _train(context, trainer, run_log, request, report)
@@ -256,7 +261,12 @@ def _train_recorded(
             )
 
         try:
-            result = trainer.train(request, on_progress=report, on_external_run=external_run, still_mine=still_mine)
+            result = trainer.train(
+                request,
+                on_progress=_observed(context, request.date, report),
+                on_external_run=external_run,
+                still_mine=still_mine,
+            )
         except dg.DagsterExecutionInterruptedError:
             run = context.instance.get_run_by_id(context.run.run_id)
             # Any other interrupt (a drained node) is followed by an attempt that finds the experiment again.
@@ -272,6 +282,22 @@ def _train_recorded(
             row.measured(measurement)
         row.complete(result.adapter_path, _logged(result))
     return result
+
+
+def _observed(context: dg.AssetExecutionContext, date: str, report: Progress) -> Progress:
+    """A listener that also puts the figures of a local training on the asset while it runs."""
+    last = -math.inf
+
+    def listen(event: ProgressEvent) -> None:
+        nonlocal last
+        report(event)
+        now = time.monotonic()
+        if TRAINS_HERE and event.stage == "training" and now - last >= SECONDS_BETWEEN_OBSERVATIONS:
+            last = now
+            metadata = {"step": event.done, "total_steps": event.total, **event.figures}
+            context.log_event(dg.AssetObservation(context.asset_key, partition=date, metadata=metadata))
+
+    return listen
 
 
 def _measurement(request: TrainingRequest, result: TrainingResult) -> Measurement | None:

@@ -171,6 +171,7 @@ def train(
             base_model=base,
             output=output.absolute(),
             resume_from=resume_from.absolute() if resume_from else None,
+            report_to=settings.report_to,
         )
         result = train_adapter(request, on_progress=progress(as_json))
     show(result, as_json)

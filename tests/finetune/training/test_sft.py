@@ -113,7 +113,7 @@ def test_progress_tells_loss_rate_speed_and_time_left(trained: Trained) -> None:
     _, _, events = trained
     last = events[-1]
     assert (last.done, last.total, last.unit) == (9, 9, "steps")
-    assert {"loss", "learning_rate", "tokens_per_second", "eta_seconds"} <= set(last.figures)
+    assert {"loss", "learning_rate", "tokens_per_second", "eta_seconds", "peak_memory_gb"} <= set(last.figures)
 
 
 def test_a_complete_adapter_is_not_trained_again(trained: Trained) -> None:
