@@ -8,13 +8,15 @@ visible. Whoever is killed half-way leaves only a temporary directory behind, wh
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,6 +29,8 @@ from finetune.errors import ArtifactError, full_disk_named
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 TEMPORARY_MARK = ".tmp-"
+# No writer pauses for so long.
+_ABANDONED_SECONDS = 24 * 3600
 _CHUNK = 1 << 20
 
 
@@ -185,19 +189,49 @@ def _rename_to_new(source: Path, target: Path) -> None:
         raise
 
 
+def _refuse_foreign(target: Path, kind: str) -> None:
+    """Refuse to replace anything but an empty directory or an artifact of the same kind."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    if is_complete(target):
+        try:
+            found = json.loads((target / MANIFEST_NAME).read_bytes())["kind"]
+        except (ValueError, KeyError, TypeError):
+            found = "unknown"
+        if found == kind:
+            return
+        what = f"an artifact of kind {found} lies here, which a {kind} would replace"
+    else:
+        what = "files that are no artifact lie here, and would be lost"
+    raise ArtifactError(what, where=target, remedy="Choose another directory, or delete this one")
+
+
+def _remove_abandoned(target: Path) -> None:
+    for left in target.parent.glob(f".{glob.escape(target.name)}{TEMPORARY_MARK}*"):
+        with suppress(OSError):
+            newest = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
+            if left.is_dir() and time.time() - newest > _ABANDONED_SECONDS:
+                shutil.rmtree(left)
+
+
 @contextmanager
 def publish_directory(target: Path, *, kind: str, replace: bool = True) -> Iterator[Staging]:
     """Make `target` whole or not at all.
 
     Yields a `Staging` whose files become `target` when the block ends without an error. A complete
-    `target` that is there already is replaced; between the two renames a reader sees none. Without
-    `replace` the rename decides which of several writers gets the name, on shared volumes too.
+    `target` of the same kind that is there already is replaced; between the two renames a reader sees none.
+    Without `replace` the rename decides which of several writers gets the name, on shared volumes too. What
+    writers of `target` who were killed left beside it is removed a day later.
 
     Raises:
+        ArtifactError: `target` is something else, which replacing would delete.
         FileExistsError: `replace` is off and another writer was first; nothing is left behind.
         StorageFullError: the disk is full; nothing is left behind.
     """
+    if replace:
+        _refuse_foreign(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _remove_abandoned(target)
     staging = Staging(temporary_sibling(target))
     with full_disk_named(target):
         try:
