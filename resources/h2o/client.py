@@ -16,7 +16,7 @@ import httpx
 from pydantic import ValidationError
 
 from finetune.errors import ConfigurationError, FinetuneError, RemoteError, TrainingError
-from resources.h2o.protocol import Experiment, Protocol, Timing
+from resources.h2o.protocol import Experiment, Protocol, Timing, read_id
 
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -101,13 +101,14 @@ class H2OClient:
                     data={"name": name, self.protocol.sha256_field: sha256},
                     headers={"Idempotency-Key": sha256},
                 )
-            identifier = answer.get(self.protocol.id_field) if isinstance(answer, dict) else None
-            if identifier in (None, ""):
-                raise PassingFailureError(f"the upload's answer has no {self.protocol.id_field!r}", malformed=True)
+            try:
+                identifier = read_id(answer, self.protocol)
+            except ValueError as error:
+                raise PassingFailureError(f"an unreadable answer to the upload: {error}", malformed=True) from None
             stored = answer.get(self.protocol.sha256_field)
             if stored not in (None, sha256):
                 raise PassingFailureError(f"the server stored SHA-256 {str(stored)[:80]} for {sha256}", malformed=True)
-            return str(identifier)
+            return identifier
 
         return self.repeated(upload)
 
@@ -224,7 +225,7 @@ class H2OClient:
         except ValidationError as error:
             wrong = "; ".join(f"{each['loc'][0]}: {each['msg']}" for each in error.errors())
             raise PassingFailureError(f"an unreadable answer: {wrong}", malformed=True) from None
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise PassingFailureError(f"an unreadable answer: {error}", malformed=True) from error
         said = {name: self._shown(getattr(experiment, name)) for name in ("error", "log_tail", "url")}
         return experiment.model_copy(update=said)
@@ -270,14 +271,15 @@ class H2OClient:
         raise self._refusal(response, f"HTTP {status}: {message}" if message else f"HTTP {status}")
 
     def _refusal(self, response: httpx.Response, said: str) -> FinetuneError:
-        where = f"{response.request.method} {response.url.copy_with(query=None)}"
+        where = self._shown(f"{response.request.method} {response.url.copy_with(query=None)}")
         status = response.status_code
         if status in (401, 403):
             return ConfigurationError(f"the H2O server refuses the key: {said}", where=where, remedy="Set H2O_API_KEY")
         if response.has_redirect_location:
-            target = httpx.URL(response.headers["Location"])
+            location = httpx.URL(response.headers["Location"])
+            target = self._shown(location.host or location.path)
             return ConfigurationError(
-                f"the H2O server redirects to {target.host or target.path}, where the key will not be sent",
+                f"the H2O server redirects to {target}, where the key will not be sent",
                 where=where,
                 remedy="Set H2O_API_URL to the address that answers itself",
             )
@@ -295,7 +297,9 @@ class H2OClient:
     def _transport_errors(self) -> Iterator[None]:
         try:
             yield
-        except httpx.TransportError as error:
+        except httpx.TooManyRedirects:
+            raise ConfigurationError("the H2O server redirects in a circle", where=self.api_url) from None
+        except httpx.RequestError as error:
             cause: BaseException | None = error
             while cause is not None:
                 if isinstance(cause, ssl.SSLCertVerificationError):
@@ -305,11 +309,13 @@ class H2OClient:
                         remedy="Name the private authority's PEM file in H2O_CA_FILE",
                     ) from None
                 cause = cause.__cause__ or cause.__context__
-            raise PassingFailureError(f"{type(error).__name__}: {self._shown(str(error))}") from None
-        except httpx.TooManyRedirects:
-            raise ConfigurationError("the H2O server redirects in a circle", where=self.api_url) from None
+            raise PassingFailureError(
+                f"{type(error).__name__}: {self._shown(str(error))}", malformed=isinstance(error, httpx.DecodingError)
+            ) from None
 
     def _shown(self, text: str) -> str:
+        # JSON may spell halves of characters, which no log takes.
+        text = text.encode(errors="backslashreplace").decode()
         return text.replace(self._key, "***") if self._key else text
 
 
@@ -322,7 +328,7 @@ def backoff(first: float, ceiling: float, trial: int) -> float:
 def _retry_after(response: httpx.Response) -> float | None:
     """RFC 9110, 10.2.3: seconds, or a date, which is read by the server's own clock."""
     value = response.headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if value.isascii() and value.isdigit():
         return float(value)
     try:
         until = parsedate_to_datetime(value)

@@ -163,8 +163,8 @@ def _read_tag(part: Path) -> str | None:
 
 def _write_tag(part: Path, response: httpx.Response) -> None:
     tag = response.headers.get("ETag")
-    # RFC 9110, 13.1.5: a weak tag cannot vouch for a range.
-    if tag and not tag.startswith("W/"):
+    # RFC 9110, 13.1.5: a weak tag cannot vouch for a range; httpx sends ASCII alone.
+    if tag and tag.isascii() and not tag.startswith("W/"):
         if tag != _read_tag(part):
             write_json_atomically(_tag_path(part), {"etag": tag})
     else:

@@ -116,10 +116,9 @@ class Experiment(BaseModel):
         Raises:
             ConfigurationError: the status is unknown.
             ValueError: the id or the status is missing, or a field is of another type.
+            OverflowError: a figure is larger than any float.
         """
-        identifier = str(answer.get(protocol.id_field) or "") if isinstance(answer, dict) else ""
-        if not identifier or not identifier.isprintable() or len(identifier) > 200:
-            raise ValueError(f"no usable field {protocol.id_field!r}")
+        identifier = read_id(answer, protocol)
         status = answer.get(protocol.status_field)
         if not isinstance(status, str):
             raise ValueError(f"no field {protocol.status_field!r}")
@@ -140,6 +139,20 @@ class Experiment(BaseModel):
             url=_link(answer.get(protocol.url_field)),
             sha256=str(answer[protocol.sha256_field]).lower() if answer.get(protocol.sha256_field) else None,
         )
+
+
+def read_id(answer: Any, protocol: Protocol) -> str:
+    """The id of a dataset or experiment, which can be stored and stand in a path.
+
+    Raises:
+        ValueError: there is none, or no such one.
+    """
+    value = answer.get(protocol.id_field) if isinstance(answer, dict) else None
+    identifier = "" if value is None else str(value)
+    # Of dots alone it would lead to another route.
+    if not identifier.strip(".") or not identifier.isprintable() or len(identifier) > 200:
+        raise ValueError(f"no usable field {protocol.id_field!r}")
+    return identifier
 
 
 def _link(value: Any) -> str:

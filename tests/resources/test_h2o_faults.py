@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune.adapter_files import CONFIG_NAME
-from finetune.errors import FinetuneError, RemoteError, TrainingError
+from finetune.errors import ConfigurationError, FinetuneError, RemoteError, TrainingError
 from finetune.progress import ProgressEvent
 from finetune.publishing import is_complete
 from finetune.training.models import TrainingRequest
@@ -142,6 +142,8 @@ HOSTILE_ANSWERS = {
     "step-of-another-type": b'{"id": "exp/1", "status": "running", "step": "many"}',
     "infinite-step": b'{"id": "exp/1", "status": "running", "step": 1e999}',
     "endless-number": b'{"id": "exp/1", "status": "running", "step": ' + b"9" * 10_000 + b"}",
+    "endless-figure": b'{"id": "exp/1", "status": "running", "metrics": {"loss": ' + b"9" * 400 + b"}}",
+    "id-that-leads-elsewhere": b'{"id": "..", "status": "running"}',
     "nul-in-id": b'{"id": "exp\\u0000", "status": "running"}',
     "surrogate-in-id": b'{"id": "exp\\ud800", "status": "running"}',
     "long-id": b'{"id": "' + b"x" * 10_000 + b'", "status": "running"}',
@@ -160,6 +162,54 @@ def test_a_hostile_answer_is_asked_for_again_and_ends_in_one_clear_error(
         train(trainer_for(server), request_)
     assert server.struck == [call] * 5
     assert train(trainer_for(server), request_).status == "completed"
+
+
+@pytest.mark.parametrize("identifier", [b"null", b'""', b'"\\ud800"', b'"' + b"x" * 300 + b'"'])
+def test_an_id_of_a_dataset_that_cannot_be_kept_ends_in_one_clear_error(
+    server: H2OServer, request_: TrainingRequest, identifier: bytes
+) -> None:
+    server.faults["upload"] = [says(201, b'{"id": ' + identifier + b"}")] * 5
+    with pytest.raises(RemoteError, match="no usable field 'id'"):
+        train(trainer_for(server), request_)
+    assert server.struck == ["upload"] * 5
+
+
+@pytest.mark.parametrize("call", ["upload", "list", "create", "poll"])
+def test_an_answer_whose_compression_is_broken_is_asked_for_again(
+    server: H2OServer, request_: TrainingRequest, call: str
+) -> None:
+    server.faults[call] = [says(200, b"no gzip", Content_Encoding="gzip")] * 5
+    with pytest.raises(RemoteError, match="5 trials: DecodingError"):
+        train(trainer_for(server), request_)
+    assert server.struck == [call] * 5
+
+
+def test_a_retry_after_in_other_digits_is_passed_over(server: H2OServer, request_: TrainingRequest) -> None:
+    server.faults["poll"] = [says(503, Retry_After="\u00b2")]
+    assert train(trainer_for(server), request_).status == "completed"
+    assert server.struck == ["poll"]
+
+
+def test_a_key_in_the_target_of_a_redirect_is_not_repeated(server: H2OServer, request_: TrainingRequest) -> None:
+    server.faults["poll"] = [says(307, b"", Location=f"/{KEY}")]
+    with pytest.raises(ConfigurationError, match=r"redirects to /\*\*\*,"):
+        train(trainer_for(server), request_)
+
+
+def test_an_entity_tag_that_cannot_be_sent_back_costs_no_more_than_the_range(
+    server: H2OServer, request_: TrainingRequest
+) -> None:
+    server.etag, server.tells_sha256 = '"\u00e9"', False
+    server.faults["download"] = [truncates]
+    assert train(trainer_for(server), request_).status == "completed"
+    assert server.range_headers == [None, None]
+
+
+def test_halves_of_characters_in_a_servers_words_do_no_harm(server: H2OServer, request_: TrainingRequest) -> None:
+    server.outcome = {"status": "failed", "error": "bad \ud800"}
+    with pytest.raises(TrainingError, match=r"bad \\ud800") as caught:
+        train(trainer_for(server), request_)
+    assert str(caught.value).encode()
 
 
 def test_figures_that_are_no_numbers_do_no_harm(server: H2OServer, request_: TrainingRequest) -> None:
