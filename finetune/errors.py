@@ -20,7 +20,7 @@ Every error says what went wrong, where, and what to do about it.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,10 +40,18 @@ class FinetuneError(Exception):
         self.remedy = remedy
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[Callable[..., FinetuneError], tuple[object, ...]]:
+        # Errors of worker processes reach their parent as pickles.
+        return _again, (type(self), self.what, self.where, self.remedy)
+
     def __str__(self) -> str:
         place = f" [{self.where}]" if self.where else ""
         advice = f". {self.remedy}" if self.remedy else ""
         return f"{self.what}{place}{advice}"
+
+
+def _again(kind: type[FinetuneError], what: str, where: str | None, remedy: str) -> FinetuneError:
+    return kind(what, where=where, remedy=remedy)
 
 
 class PermanentError(FinetuneError):

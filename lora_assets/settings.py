@@ -125,6 +125,9 @@ class Settings(BaseSettings):
         None, gt=0, description="A training that is estimated to take longer does not start; unset: no limit."
     )
     seed: int = Field(42, description="Seed of everything random.")
+    train_processes: int | None = Field(
+        None, ge=1, description="Processes of a local training; unset: one a GPU, or one where there is none."
+    )
     report_to: Tracker = Field(
         "none", description="Where a local training is tracked beside TensorBoard: none, mlflow or wandb."
     )

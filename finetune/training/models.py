@@ -74,3 +74,5 @@ class TrainingRequest(BaseModel):
     resume_from: Path | None = None
     # where figures are reported beside TensorBoard
     report_to: Tracker = "none"
+    # how many processes train; None is one a GPU, or one where there is none
+    processes: int | None = None

@@ -24,6 +24,7 @@ from finetune.training.data import Ints
 from finetune.training.memory import peak_memory_gb
 from finetune.training.models import LossPoint
 from finetune.training.ownership import StillMine, refuse_if_taken_over
+from finetune.training.ranks import agree, rank, wait_for_all
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -238,20 +239,25 @@ def callback(monitor: Monitor) -> Any:
         def on_train_begin(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
             monitor.on_begin()
 
-        def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-            control.should_save = monitor.on_step(state.global_step)
-            if monitor.stop.requested:
-                control.should_training_stop = True
-
         def on_log(
             self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
         ) -> None:
-            if "loss" in logs:
+            if "loss" not in logs:
+                return
+            save = False
+            if rank() == 0:
+                save = monitor.on_step(state.global_step)
                 monitor.on_loss(state.global_step, logs["loss"], logs["learning_rate"], logs.get("grad_norm"))
                 # Only the newest checkpoints are kept: one that may be bad would push out a good one.
-                control.should_save &= not monitor.doubtful or monitor.stop.requested
+                save &= not monitor.doubtful
+            save, monitor.stop.requested = agree(save, monitor.stop.requested)
+            control.should_save = save or (monitor.stop.requested and state.global_step < monitor.total_steps)
+            control.should_training_stop |= monitor.stop.requested
 
         def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-            monitor.on_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            # Each process writes its own random state.
+            wait_for_all()
+            if rank() == 0:
+                monitor.on_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     return Callback()

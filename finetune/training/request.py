@@ -23,6 +23,7 @@ def request_for_file(
     output: Path,
     resume_from: Path | None = None,
     report_to: Tracker = "none",
+    processes: int | None = None,
 ) -> TrainingRequest:
     """A request to train on a file of records; its work directory lies in the hidden sibling ``.<output>.work``.
 
@@ -69,4 +70,5 @@ def request_for_file(
         work_dir=work,
         resume_from=resume_from,
         report_to=report_to,
+        processes=processes,
     )

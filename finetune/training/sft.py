@@ -5,17 +5,19 @@ from __future__ import annotations
 import errno
 import gc
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.adapter_files import adapter_hash, read_adapter_config
 from finetune.chat.encode import RecordEncoder
-from finetune.errors import StorageFullError, TrainingError, TransientError
+from finetune.errors import ConfigurationError, StorageFullError, TrainingError, TransientError
 from finetune.planning.model_config import read_model_shape
+from finetune.planning.models import TrialConfig
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, publish_directory, read_manifest
 from finetune.training.adapters import (
@@ -29,12 +31,14 @@ from finetune.training.adapters import (
 from finetune.training.batches import refuse_leaking_attention, refuse_wrong_labels
 from finetune.training.card import model_card
 from finetune.training.checkpoints import named_checkpoint, newest_complete, step_of
-from finetune.training.data import TrainingData, read_training_data, total_steps, training_order
+from finetune.training.data import Ints, TrainingData, read_training_data, total_steps, training_order
 from finetune.training.memory import peak_memory_gb
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
 from finetune.training.monitor import Monitor, callback, stop_on_sigterm
 from finetune.training.ownership import StillMine, always_mine, refuse_if_taken_over
 from finetune.training.plots import loss_curve_png
+from finetune.training.processes import refuse_wrong_split, train_in_processes
+from finetune.training.ranks import rank, world_size
 from finetune.training.reporting import failure_reported, refuse_missing_tracker
 
 if TYPE_CHECKING:
@@ -96,22 +100,39 @@ def train_adapter(
         TransientError: the process was asked to end (SIGTERM), and a checkpoint was saved; or another process
             has taken the training over, and nothing was written.
     """
+    import torch
+
     if is_complete(request.adapter_dir):
         return _published(request).model_copy(update={"reused": True})
     refuse_missing_hardware(request.plan.trial_config)
     refuse_missing_tracker(request.report_to)
-    on_progress(ProgressEvent("reading records", 0, None, "records"))
-    data = _read(request)
-    on_progress(ProgressEvent("loading the base model", 0, None, "models"))
-    request.work_dir.mkdir(parents=True, exist_ok=True)
+    processes = request.processes or torch.cuda.device_count() or 1
+    refuse_wrong_split(request.plan.trial_config.effective_batch, processes)
     with _full_disk_named(request.work_dir):
         try:
-            result = _train(request, data, on_progress, still_mine)
+            result = _train(request, processes, on_progress, still_mine)
         except FileExistsError:
             # Another process was first to publish: its adapter stays.
             return _published(request).model_copy(update={"reused": True})
     shutil.rmtree(request.work_dir / "checkpoints", ignore_errors=True)
     return result
+
+
+def train_share(
+    request: TrainingRequest, micro_batch: int, *, on_progress: Progress, still_mine: StillMine
+) -> TrainingResult:
+    """Train in this process alone, or its share among the others; the process of rank 0 publishes the adapter.
+
+    Raises:
+        FinetuneError: as `train_adapter` does.
+        torch.OutOfMemoryError: the micro-batch is too large.
+    """
+    on_progress(ProgressEvent("reading records", 0, None, "records"))
+    data = _read(request)
+    on_progress(ProgressEvent("loading the base model", 0, None, "models"))
+    request.work_dir.mkdir(parents=True, exist_ok=True)
+    with _full_disk_named(request.work_dir):
+        return _attempt(request, data, micro_batch, on_progress, still_mine)
 
 
 def _read(request: TrainingRequest) -> TrainingData:
@@ -124,17 +145,20 @@ def _published(request: TrainingRequest) -> TrainingResult:
     return TrainingResult.model_validate({**manifest.results, "adapter_path": request.adapter_dir})
 
 
-def _train(
-    request: TrainingRequest, data: TrainingData, on_progress: Progress, still_mine: StillMine
-) -> TrainingResult:
+def _train(request: TrainingRequest, processes: int, on_progress: Progress, still_mine: StillMine) -> TrainingResult:
     """Train, with smaller and smaller micro-batches where memory runs out; the effective batch stays."""
     import torch
 
     trial = request.plan.trial_config
-    micro_batch = trial.micro_batch
+    shares = trial.effective_batch // processes
+    micro_batch = max(size for size in range(1, trial.micro_batch + 1) if shares % size == 0)
     while True:
         try:
-            return _attempt(request, data, micro_batch, on_progress, still_mine)
+            # Where several GPUs are and one is wanted, only torchrun keeps the trainer from taking all.
+            if processes == 1 and torch.cuda.device_count() <= 1:
+                return train_share(request, micro_batch, on_progress=on_progress, still_mine=still_mine)
+            train_in_processes(request, processes, micro_batch, on_progress=on_progress, still_mine=still_mine)
+            return _published(request)
         except torch.OutOfMemoryError as error:
             needed = f"{trial.effective_batch} records a step, {micro_batch} at a time"
             if micro_batch == 1:
@@ -144,7 +168,7 @@ def _train(
                     remedy="Plan with a shorter max_length, gradient checkpointing or qlora, or take a larger GPU",
                 ) from error
         # Outside the handler, or the error would keep the whole attempt's memory.
-        micro_batch = max(size for size in range(1, micro_batch) if trial.effective_batch % size == 0)
+        micro_batch = max(size for size in range(1, micro_batch) if shares % size == 0)
         on_progress(ProgressEvent("out of memory: smaller micro-batch", micro_batch, None, "records"))
         gc.collect()
         torch.cuda.empty_cache()
@@ -162,9 +186,14 @@ def _attempt(
     state: dict[str, Any] = resumed[1] if resumed else {"seconds": 0.0, "points": []}
     points = [LossPoint.model_validate(point) for point in state["points"]]
     log_path = request.work_dir / LOG_NAME
-    _keep_log(log_path, points)
+    order, steps = _share_order(training_order(data.lengths, trial), total_steps(len(data), trial), micro_batch, trial)
+    main = rank() == 0
+    if main:
+        _keep_log(log_path, points)
     with (
-        SummaryWriter(str(request.work_dir / "tensorboard"), purge_step=len(points)) as writer,
+        SummaryWriter(str(request.work_dir / "tensorboard"), purge_step=len(points))
+        if main
+        else nullcontext() as writer,
         stop_on_sigterm() as stop,
         failure_reported(request.report_to),
         warnings.catch_warnings(),
@@ -174,11 +203,11 @@ def _attempt(
         monitor = Monitor(
             run_id=request.run_id,
             dataset=request.dataset.train_path,
-            order=training_order(data.lengths, trial),
+            order=order,
             lines=data.lines,
             lengths=data.lengths,
             effective_batch=trial.effective_batch,
-            total_steps=total_steps(len(data), trial),
+            total_steps=steps,
             checkpoints=checkpoints,
             log_path=log_path,
             writer=writer,
@@ -216,7 +245,26 @@ def _attempt(
         micro_batch=micro_batch,
         trainable_params=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     )
-    return _publish(request, trainer.model, data, result, still_mine)
+    return _publish(request, trainer.model, data, result, still_mine) if main else result
+
+
+def _share_order(order: Ints, steps: int, micro_batch: int, trial: TrialConfig) -> tuple[Ints, int]:
+    """The order, and its steps, cut to what gives each of several processes as many micro-batches.
+
+    Raises:
+        ConfigurationError: there are fewer records than processes.
+    """
+    block = micro_batch * world_size()
+    if world_size() == 1 or len(order) % block == 0:
+        return order, steps
+    order = order[: len(order) // block * block]
+    if not len(order):
+        raise ConfigurationError(
+            f"there are fewer records than the {world_size()} processes take at once",
+            where="TRAIN_PROCESSES",
+            remedy="Train so few records in one process",
+        )
+    return order, min(steps, math.ceil(len(order) / trial.effective_batch))
 
 
 def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor, micro_batch: int) -> SFTTrainer:
@@ -236,7 +284,7 @@ def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor,
     model = load_base_model(request.base_model, trial)
     set_seed(trial.seed)
     adapted = get_peft_model(model, peft_config(read_model_shape(request.base_model.path), trial))
-    if trial.use_pissa:
+    if trial.use_pissa and rank() == 0:
         save_pissa_start(adapted, request.work_dir / _PISSA_START)
     trainer = SFTTrainer(
         model=adapted,
@@ -265,7 +313,8 @@ def _arguments(request: TrainingRequest, micro_batch: int, checkpoints: Path) ->
         gradient_checkpointing=trial.gradient_checkpointing,
         seed=trial.seed,
         per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=trial.effective_batch // micro_batch,
+        gradient_accumulation_steps=trial.effective_batch // (micro_batch * world_size()),
+        ddp_find_unused_parameters=False,
         # The dataset is all epochs already, in the order in which they are trained.
         num_train_epochs=1,
         train_sampling_strategy="sequential",

@@ -162,6 +162,7 @@ def adapter(
         adapter_dir=store.layout.adapter(run_id),
         work_dir=store.layout.work(run_id),
         report_to=SETTINGS.report_to,
+        processes=SETTINGS.train_processes,
     )
     with no_retry_if_permanent():
         result = _train(context, trainer, run_log, request, report)

@@ -172,6 +172,7 @@ def train(
             output=output.absolute(),
             resume_from=resume_from.absolute() if resume_from else None,
             report_to=settings.report_to,
+            processes=settings.train_processes,
         )
         result = train_adapter(request, on_progress=progress(as_json))
     show(result, as_json)

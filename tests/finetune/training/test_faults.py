@@ -64,11 +64,11 @@ def test_a_killed_training_goes_on_and_ends_bit_identical(make_request: MakeRequ
 def test_sigterm_saves_a_checkpoint_and_the_next_attempt_goes_on_from_it(make_request: MakeRequest) -> None:
     request = make_request()
     handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(TransientError, match="asked to end after step 2 of 9"):
+    with pytest.raises(TransientError, match="asked to end after step 1 of 9"):
         train_adapter(request, on_progress=stop_after_first_step)
     assert signal.getsignal(signal.SIGTERM) is handler
     assert not request.adapter_dir.exists()
-    assert train_adapter(request).resumed_from_step == 2
+    assert train_adapter(request).resumed_from_step == 1
 
 
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before_it(
@@ -104,14 +104,14 @@ def test_a_named_checkpoint_is_gone_on_from_unless_it_is_damaged_or_of_another_t
     stopped = make_request()
     with pytest.raises(TransientError):
         train_adapter(stopped, on_progress=stop_after_first_step)
-    checkpoint = stopped.work_dir / "checkpoints" / "checkpoint-2"
+    checkpoint = stopped.work_dir / "checkpoints" / "checkpoint-1"
     elsewhere = make_request(place="elsewhere").model_copy(update={"resume_from": checkpoint})
     with pytest.raises(ConfigurationError, match=r"belongs to the training 20260601-0123456789, not to other"):
         train_adapter(elsewhere.model_copy(update={"run_id": "other"}))
     with pytest.raises(ConfigurationError, match="no whole checkpoint here"):
         train_adapter(elsewhere.model_copy(update={"resume_from": checkpoint.parent}))
     resumed = train_adapter(elsewhere)
-    assert resumed.resumed_from_step == 2
+    assert resumed.resumed_from_step == 1
     assert resumed.adapter_hash == train_adapter(make_request(place="whole")).adapter_hash
     (checkpoint / "optimizer.pt").write_bytes(b"")
     with pytest.raises(ConfigurationError, match="no whole checkpoint here"):

@@ -1,0 +1,167 @@
+"""A training in several processes: torchrun starts them, and they report to the process that asked for it.
+
+Each worker has a connection to its parent, over a unix socket in a private directory: from there it gets the
+request, and there it tells of progress, asks whether the training is still ours, and says why it failed. A
+worker whose parent has died notices at its next word and ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import ConfigurationError, FinetuneError, TrainingError
+from finetune.progress import Progress, ProgressEvent
+from finetune.training.models import TrainingRequest
+from finetune.training.monitor import stop_on_sigterm
+from finetune.training.ownership import StillMine
+
+_POLL_SECONDS = 0.2
+
+
+def refuse_wrong_split(effective_batch: int, processes: int) -> None:
+    """See that every process gets the same share of an optimizer step, and a GPU of its own where there are any.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus and processes > gpus:
+        raise ConfigurationError(
+            f"{processes} processes on {gpus} GPUs", where="TRAIN_PROCESSES", remedy="One process a GPU, at most"
+        )
+    if effective_batch % processes:
+        raise ConfigurationError(
+            f"{effective_batch} records a step cannot be shared by {processes} processes",
+            where="TRAIN_PROCESSES",
+            remedy="Plan an effective batch (MICRO_BATCH times ACCUMULATION) that is a multiple of TRAIN_PROCESSES",
+        )
+
+
+def train_in_processes(
+    request: TrainingRequest, processes: int, micro_batch: int, *, on_progress: Progress, still_mine: StillMine
+) -> None:
+    """Train in `processes` workers until the adapter is published.
+
+    Raises:
+        FinetuneError: what the first worker that failed said.
+        torch.OutOfMemoryError: a worker's memory ran out.
+    """
+    with (
+        # The path of a unix socket must be short, however deep TMPDIR is.
+        tempfile.TemporaryDirectory(prefix="lora-", dir="/tmp") as directory,
+        Listener(str(Path(directory) / "socket"), family="AF_UNIX") as listener,
+        stop_on_sigterm() as stop,
+    ):
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        launcher = subprocess.Popen([*torchrun, "-m", "finetune.training.worker", str(listener.address)])
+        parent = _Parent((request.model_dump_json(), micro_batch), on_progress, still_mine)
+        threading.Thread(target=parent.accept, args=(listener, processes), daemon=True).start()
+        try:
+            told = False
+            while launcher.poll() is None:
+                parent.listen(_POLL_SECONDS)
+                if stop.requested and not told:
+                    # Past torchrun, which would soon kill workers that save a checkpoint.
+                    told = True
+                    parent.stop_workers()
+            parent.listen(0)
+        finally:
+            launcher.kill()
+            launcher.wait()
+            parent.close()
+    if parent.failure is not None:
+        raise parent.failure
+    if launcher.returncode:
+        raise TrainingError(
+            f"the {processes} processes of the training ended with status {launcher.returncode}",
+            where=request.work_dir,
+            remedy="Their own words are in the log above this line",
+        )
+
+
+class _Parent:
+    """The end of the workers' connections."""
+
+    def __init__(self, task: tuple[str, int], on_progress: Progress, still_mine: StillMine) -> None:
+        self.failure: Exception | None = None
+        self._task = task
+        self._on_progress = on_progress
+        self._still_mine = still_mine
+        self._workers: dict[Connection[Any, Any], int] = {}
+
+    def accept(self, listener: Listener, processes: int) -> None:
+        """Take in all workers, in a thread of its own."""
+        for _ in range(processes):
+            try:
+                worker = listener.accept()
+                pid = worker.recv()
+                worker.send(self._task)
+            except (OSError, EOFError):
+                return
+            self._workers[worker] = pid
+
+    def listen(self, seconds: float) -> None:
+        """Answer what workers say within that time."""
+        ready = wait(list(self._workers), seconds)
+        for worker in [each for each in list(self._workers) if each in ready]:
+            try:
+                kind, content = worker.recv()
+            except (OSError, EOFError):
+                del self._workers[worker]
+                continue
+            if kind == "progress":
+                self._on_progress(content)
+            elif kind == "still mine":
+                worker.send(self._answer())
+            elif self.failure is None:
+                self.failure = content
+
+    def _answer(self) -> bool:
+        try:
+            return self._still_mine()
+        except FinetuneError as error:
+            self.failure = error
+            return False
+
+    def stop_workers(self) -> None:
+        """Ask every worker to save a checkpoint and end."""
+        for pid in list(self._workers.values()):
+            os.kill(pid, signal.SIGTERM)
+
+    def close(self) -> None:
+        """Let go of the connections; workers that still run end at their next word."""
+        for worker in list(self._workers):
+            worker.close()
+
+
+class Worker:
+    """A worker's end of the connection to its parent."""
+
+    def __init__(self, address: str) -> None:
+        self._connection = Client(address, family="AF_UNIX")
+        self._connection.send(os.getpid())
+        content, self.micro_batch = self._connection.recv()
+        self.request = TrainingRequest.model_validate_json(content)
+
+    def progress(self, event: ProgressEvent) -> None:
+        """Pass a report on."""
+        self._connection.send(("progress", event))
+
+    def still_mine(self) -> bool:
+        """Have the parent ask."""
+        self._connection.send(("still mine", None))
+        return bool(self._connection.recv())
+
+    def failed(self, error: Exception) -> None:
+        """Say why this worker ends."""
+        self._connection.send(("failed", error))

@@ -1,0 +1,61 @@
+"""A training in two processes over gloo, started by torchrun."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from finetune.errors import ConfigurationError, RemoteError, TransientError
+from finetune.publishing import read_manifest
+from finetune.training.checkpoints import newest_complete
+from finetune.training.models import TrainingRequest
+from finetune.training.processes import refuse_wrong_split
+from finetune.training.sft import train_adapter
+
+MakeRequest = Callable[..., TrainingRequest]
+
+
+def test_two_processes_learn_what_one_does_also_when_they_were_stopped_in_between(make_request: MakeRequest) -> None:
+    settings: dict[str, Any] = {"micro_batch": 2, "accumulation": 4, "checkpoint_seconds": 0.0}
+    asked: list[int] = []
+
+    def still_mine_but_told_to_end() -> bool:
+        asked.append(len(asked))
+        if len(asked) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return True
+
+    alone = train_adapter(make_request(place="alone", **settings))
+    request = make_request(place="two", **settings).model_copy(update={"processes": 2})
+    with pytest.raises(TransientError, match=r"asked to end after step (\d) of 9"):
+        train_adapter(request, still_mine=still_mine_but_told_to_end)
+    newest = newest_complete(request.work_dir / "checkpoints")
+    assert newest is not None
+    states = {file.name for file in newest[0].glob("rng_state_*")}
+    assert states == {"rng_state_0.pth", "rng_state_1.pth"}, "otherwise one process trained"
+    assert not request.adapter_dir.exists()
+
+    together = train_adapter(request)
+    assert 0 < together.resumed_from_step == len(newest[1]["points"]) < together.training_steps == 9
+    assert [point.loss for point in together.loss_curve] == pytest.approx(
+        [point.loss for point in alone.loss_curve], abs=1e-4
+    )
+    assert (together.tokens_seen, together.trainable_params) == (alone.tokens_seen, alone.trainable_params)
+    assert read_manifest(request.adapter_dir, kind="adapter", verify="hashes").results["training_steps"] == 9
+
+
+def test_a_step_that_cannot_be_shared_is_refused() -> None:
+    refuse_wrong_split(8, 1)
+    with pytest.raises(ConfigurationError, match=r"8 records a step cannot be shared by 3 processes.*MICRO_BATCH"):
+        refuse_wrong_split(8, 3)
+
+
+def test_a_worker_s_error_reaches_its_parent_whole() -> None:
+    error = pickle.loads(pickle.dumps(RemoteError("no answer", where="the database", remedy="Wait")))
+    assert isinstance(error, RemoteError)
+    assert str(error) == "no answer [the database]. Wait"
