@@ -1,0 +1,308 @@
+"""Our trainer beside a plain TRL script: the same model, tokens, effective batch and seed.
+
+    python -m benchmarks.training.bench [--rounds 3] [--seeds 7] [--threads 1]
+
+The records of `examples/exports` under the embedded model and under a random Llama of about 30 million parameters with
+the usual vocabulary of 32,000 tokens; LoRA of rank 16 on all linear layers. Every run is a process of its own, in turn
+with those that it is compared with; the libraries are imported before it is forked, except where starting is measured.
+
+1. Overhead: both train the very same batches; what differs is what ours does beside (a log line and TensorBoard's
+   figures per step, the watch over divergence, checkpoints and SIGTERM). Each step counts with its fastest of all
+   rounds. At most 2 %.
+2. Layout: ours, with batches of records of similar length, beside TRL's default, shuffled and padded, a seed a round.
+   Trained tokens per second, padding apart, in the median at least 1.5 times; the held-out loss of both must not differ
+   by more than twice the standard error of its paired difference, or by 0.5 %.
+3. Start: from the process's start to its first step, libraries, model, data and all.
+
+With a GPU (in bfloat16) the cases are instead a random Llama of the shape of Llama 3.1 8B on synthetic exports of
+about 540 tokens a record: overhead and layout as above without held-out losses, MFU, and the peak of the memory beside
+the plan's estimate. Elsewhere they are skipped by name.
+
+Exit code 1 if a bound does not hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.dataset.generator import write_exports
+from benchmarks.training.contenders import Case, Run, train, trial_of
+from finetune.base_model.embedded import make_embedded_model
+from finetune.dataset.discovery import discover_exports
+from finetune.dataset.models import PreparedDataset
+from finetune.dataset.parameters import PrepareParameters
+from finetune.dataset.prepare import prepare_dataset
+from finetune.layout import DataLayout
+from finetune.planning.memory import estimate_memory
+from finetune.planning.model_config import read_model_shape
+
+ROOT = Path(__file__).parents[2]
+OVERHEAD, LAYOUT, SAME_LOSS = 0.02, 1.5, 0.005
+IMPORTED_BEFORE = [
+    "benchmarks.training.contenders",
+    "finetune.training.sft",
+    "peft",
+    "torch.utils.tensorboard",
+    "trl.trainer.sft_trainer",
+]
+LLAMA_30M = {
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 384,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 11,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "tie_word_embeddings": True,
+}
+LLAMA_8B = ROOT / "benchmarks/memory/models/llama-3.1-8b/config.json"
+# Dense bfloat16 operations per second by the manufacturers' data sheets.
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "L4": 121e12, "L40S": 362e12, "RTX 4090": 165e12}
+MAKE = """
+import json, sys, torch
+from transformers import AutoConfig, AutoModelForCausalLM
+torch.manual_seed(0)
+config = AutoConfig.for_model(**json.loads(sys.argv[1]))
+with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, sys.argv[3]))
+model.save_pretrained(sys.argv[2])
+"""
+
+
+@dataclass(frozen=True)
+class Contest:
+    """What is compared on one model: steps of the first table, and of the second one, and its seeds."""
+
+    name: str
+    case: Case
+    overhead_steps: int
+    layout_steps: int
+    seeds: int
+
+
+class Pool:
+    """Runs trainings, each in a fresh process that has the libraries imported already."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(IMPORTED_BEFORE)
+        self._executor = ProcessPoolExecutor(1, mp_context=context, max_tasks_per_child=1)
+
+    def run(self, contender: str, case: Case) -> Run:
+        """One training, waited for."""
+        return self._executor.submit(train, contender, case).result()
+
+    def close(self) -> None:
+        """End the processes."""
+        self._executor.shutdown()
+
+
+def overhead(pool: Pool, contest: Contest, rounds: int) -> bool:
+    """Print a line of the first table; whether the bound holds."""
+    case = dataclasses.replace(contest.case, steps=contest.overhead_steps, held_out=None)
+    ours, plain = [], []
+    for _ in range(rounds):
+        plain.append(pool.run("plain in our batches", case))
+        ours.append(pool.run("ours", case))
+    plain_step, our_step = (_fastest([run.seconds for run in runs]) for runs in (plain, ours))
+    plain_cpu, our_cpu = (_fastest([run.cpu_seconds for run in runs]) for runs in (plain, ours))
+    ratio = our_step / plain_step - 1
+    print(
+        f"| {contest.name} | {len(ours[0].seconds)} | {plain_step * 1e3:.1f} ms | {our_step * 1e3:.1f} ms "
+        f"| {ratio:+.1%} | {our_cpu / plain_cpu - 1:+.1%} | {abs(ours[0].train_loss - plain[0].train_loss):.0e} |",
+        flush=True,
+    )
+    return ratio <= OVERHEAD
+
+
+def _fastest(runs: list[list[float]]) -> float:
+    """The mean step, each step at its fastest: noise only ever makes one slower."""
+    return statistics.fmean(min(step) for step in zip(*runs, strict=True))
+
+
+def layout(pool: Pool, contest: Contest) -> tuple[bool, list[Run], list[Run]]:
+    """Print a line of the second table; whether its bounds hold, and our runs and the plain ones."""
+    ours, plain = [], []
+    for seed in range(contest.seeds):
+        case = dataclasses.replace(contest.case, steps=contest.layout_steps, seed=seed)
+        plain.append(pool.run("plain", case))
+        ours.append(pool.run("ours", case))
+    our_speed, plain_speed = (statistics.median(run.tokens_per_second for run in runs) for runs in (ours, plain))
+    our_cpu, plain_cpu = (statistics.median(run.tokens_per_cpu_second for run in runs) for runs in (ours, plain))
+    ratio = our_speed / plain_speed
+    same, losses = True, "| - | - | - "
+    if contest.case.held_out:
+        ours_loss, plain_loss = (statistics.fmean(_losses(runs)) for runs in (ours, plain))
+        differences = [a - b for a, b in zip(_losses(ours), _losses(plain), strict=True)]
+        difference = statistics.fmean(differences)
+        error = statistics.stdev(differences) / len(differences) ** 0.5
+        same = abs(difference) <= max(2 * error, SAME_LOSS * plain_loss)
+        losses = f"| {plain_loss:.4f} | {ours_loss:.4f} | {difference:+.4f} ± {error:.4f} "
+    print(
+        f"| {contest.name} | {contest.case.micro_batch} x {contest.case.accumulation} | {contest.seeds} "
+        f"| {plain_speed:,.0f} | {our_speed:,.0f} | {ratio:.2f} | {our_cpu / plain_cpu:.2f} {losses}|",
+        flush=True,
+    )
+    return ratio >= LAYOUT and same, ours, plain
+
+
+def _losses(runs: Sequence[Run]) -> list[float]:
+    return [run.held_out_loss for run in runs if run.held_out_loss is not None]
+
+
+def start(case: Case, rounds: int) -> None:
+    """Print the third table."""
+    case = dataclasses.replace(case, steps=1, held_out=None)
+    seconds: dict[str, list[float]] = {"plain": [], "ours": []}
+    for _ in range(rounds):
+        for contender, taken in seconds.items():
+            began = time.time()
+            command = [sys.executable, "-W", "ignore", "-m", "benchmarks.training.contenders", contender]
+            done = subprocess.run(
+                [*command, json.dumps(dataclasses.asdict(case))],
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                check=True,
+            )
+            taken.append(float(done.stdout.splitlines()[-1]) - began)
+    plain, ours = (statistics.median(seconds[name]) for name in ("plain", "ours"))
+    print("\n| | a plain TRL script | ours | ratio |\n| --- | --- | --- | --- |")
+    print(f"| from process start to first step | {plain:.1f} s | {ours:.1f} s | {ours / plain:.2f} |")
+
+
+def use_of_the_gpu(case: Case, contenders: dict[str, list[Run]]) -> None:
+    """Print the table of MFU and memory.
+
+    A token costs 4 operations per parameter that multiplies it (forward, and backward to the inputs; frozen weights
+    have no gradients); attention is left out, so is what checkpointing computes again.
+    """
+    name = contenders["ours"][0].device
+    peak = next((flops for key, flops in PEAK_FLOPS.items() if key in name.split()), None)
+    shape = read_model_shape(Path(case.model))
+    looked_up = shape.embedding_parameters if shape.head_parameters else 0
+    planned = estimate_memory(shape, trial_of(case)).vram_gb
+    print(f"\n| {name} | tokens/s | MFU | peak | the plan's estimate | error |\n| --- | --- | --- | --- | --- | --- |")
+    for contender, runs in contenders.items():
+        speed = statistics.median(run.tokens_per_second for run in runs)
+        measured = max(run.peak_gb for run in runs)
+        mfu = "-" if peak is None else f"{4 * (shape.parameters - looked_up) * speed / peak:.0%}"
+        print(
+            f"| {contender} | {speed:,.0f} | {mfu} | {measured:.1f} GB | {planned:.1f} GB "
+            f"| {planned / measured - 1:+.0%} |"
+        )
+
+
+def cpu_contests(root: Path, seeds: int) -> list[Contest]:
+    """The embedded model, and the random one of 30 million parameters."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora-assets"
+    embedded = make_embedded_model(cache).path
+    larger = make_model(LLAMA_30M, embedded, root / "larger", "float32")
+    data = prepared(ROOT / "examples/exports", root, eval_fraction=0.2)
+    case = Case(
+        model=str(embedded),
+        records=str(data.train_path),
+        held_out=str(data.eval_path),
+        max_length=1024,
+        micro_batch=8,
+        steps=1,
+    )
+    return [
+        Contest("the embedded model, 2.5 million", case, overhead_steps=33, layout_steps=40, seeds=seeds),
+        Contest(
+            "a random Llama, 30 million",
+            dataclasses.replace(case, model=str(larger)),
+            overhead_steps=8,
+            layout_steps=10,
+            seeds=max(2, seeds // 2),
+        ),
+    ]
+
+
+def gpu_contests(root: Path) -> list[Contest]:
+    """The shape of Llama 3.1 8B, with batches grouped by length and with packed ones."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora-assets"
+    model = make_model(json.loads(LLAMA_8B.read_bytes()), make_embedded_model(cache).path, root / "8b", "bfloat16")
+    write_exports(root / "exports", 2_000_000)
+    data = prepared(root / "exports", root, eval_fraction=0.02)
+    case = Case(
+        model=str(model),
+        records=str(data.train_path),
+        held_out=None,
+        max_length=1024,
+        micro_batch=8,
+        accumulation=2,
+        precision="bf16",
+        gradient_checkpointing=True,
+        steps=1,
+    )
+    grouped = Contest("8 billion, grouped by length", case, overhead_steps=9, layout_steps=15, seeds=2)
+    packing = dataclasses.replace(case, packing=True)
+    return [grouped, dataclasses.replace(grouped, name="8 billion, packed", case=packing)]
+
+
+def prepared(exports: Path, root: Path, eval_fraction: float) -> PreparedDataset:
+    """The exports of a directory as records to train on and held-out ones."""
+    found = discover_exports(exports, "brain_dataset_*.jsonl")
+    parameters = PrepareParameters(eval_fraction=eval_fraction)
+    return prepare_dataset(found, date="2026-06-15", layout=DataLayout(root / "data"), parameters=parameters)
+
+
+def make_model(config: dict[str, object], tokenizer_of: Path, target: Path, dtype: str) -> Path:
+    """A random model of a configuration, with another one's tokenizer."""
+    shutil.copytree(tokenizer_of, target, ignore=shutil.ignore_patterns("*.safetensors", "manifest.json"))
+    subprocess.run([sys.executable, "-c", MAKE, json.dumps(config), str(target), dtype], check=True)
+    return target
+
+
+def main() -> None:
+    """Print the tables; exit with 1 if a bound does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3, help="of overhead, and of the start but one")
+    parser.add_argument("--seeds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    os.environ |= {"OMP_NUM_THREADS": str(options.threads), "OMP_WAIT_POLICY": "PASSIVE"}
+    import torch
+
+    pool, held = Pool(), []
+    with tempfile.TemporaryDirectory(prefix="lora-assets-bench-") as scratch:
+        on_gpu = torch.cuda.is_available()
+        contests = gpu_contests(Path(scratch)) if on_gpu else cpu_contests(Path(scratch), options.seeds)
+        print("Overhead per optimizer step, in the same batches:\n")
+        print("| | steps | a plain TRL script | ours | overhead | in CPU time | difference of the loss |")
+        print("| --- | --- | --- | --- | --- | --- | --- |")
+        held += [overhead(pool, contest, options.rounds) for contest in contests]
+        print("\nTrained tokens per second, and the loss on held-out records:\n")
+        print("| | batch | seeds | TRL's default | ours | ratio | in CPU time | TRL's loss | our loss | difference |")
+        print("| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |")
+        for contest in contests:
+            good, ours, plain = layout(pool, contest)
+            held.append(good)
+            if on_gpu:
+                use_of_the_gpu(contest.case, {"a plain TRL script": plain, "ours": ours})
+        start(contests[0].case, max(1, options.rounds - 1))
+        if not on_gpu:
+            for name in ("8 billion, grouped by length", "8 billion, packed"):
+                print(f"\nSkipped: {name} (overhead, tokens per second, MFU, memory): PyTorch sees no GPU here.")
+        pool.close()
+    sys.exit(not all(held))
+
+
+if __name__ == "__main__":
+    main()
