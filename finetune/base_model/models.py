@@ -11,7 +11,7 @@ class BaseModelRef(BaseModel):
     """A base model in a local directory in Hugging Face's layout.
 
     `fingerprint` identifies its weights, configuration and tokenizer: the hub's commit where there is
-    one, else a SHA-256.
+    one, else a SHA-256. `trust_remote_code` allows Python files of its directory to run.
     """
 
     model_config = ConfigDict(frozen=True, protected_namespaces=())
@@ -21,3 +21,4 @@ class BaseModelRef(BaseModel):
     revision: str | None
     fingerprint: str
     embedded: bool = False
+    trust_remote_code: bool = False

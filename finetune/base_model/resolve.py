@@ -58,7 +58,7 @@ def resolve_base_model(
         cache_dir: where the embedded model, the hub's cache and fingerprints are kept.
         revision: branch, tag or commit of a hub repository.
         token: the hub's access token, for gated and private repositories.
-        trust_remote_code: fetch the repository's Python files too.
+        trust_remote_code: fetch the repository's Python files too, and let them run.
         weights: False fetches and checks configuration, tokenizer and chat template only.
         on_progress: told about pre-training and downloads.
         endpoint: the hub's address; the client's own (``HF_ENDPOINT``) where None.
@@ -77,6 +77,7 @@ def resolve_base_model(
             path=local.absolute(),
             revision=None,
             fingerprint=directory_fingerprint(local, cache_dir=cache_dir, weights=weights),
+            trust_remote_code=trust_remote_code,
         )
     if name.startswith(("/", "./", "../", "~")):
         raise BaseModelError(
@@ -97,4 +98,6 @@ def resolve_base_model(
         endpoint=endpoint,
     )
     check_model_directory(path, weights=weights)
-    return BaseModelRef(name=repository, path=path, revision=commit, fingerprint=commit)
+    return BaseModelRef(
+        name=repository, path=path, revision=commit, fingerprint=commit, trust_remote_code=trust_remote_code
+    )

@@ -120,6 +120,7 @@ def load_base_model(base_model: BaseModelRef, trial: TrialConfig) -> PreTrainedM
             dtype=dtype,
             attn_implementation=trial.attention,
             local_files_only=True,
+            trust_remote_code=base_model.trust_remote_code,
             output_loading_info=True,
             **options,
         )

@@ -290,7 +290,11 @@ def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor,
         model=adapted,
         args=_arguments(request, micro_batch, monitor.checkpoints),
         train_dataset=data.as_dataset().select(monitor.order),
-        processing_class=AutoTokenizer.from_pretrained(request.base_model.path, local_files_only=True),
+        processing_class=AutoTokenizer.from_pretrained(
+            request.base_model.path,
+            local_files_only=True,
+            trust_remote_code=request.base_model.trust_remote_code,
+        ),
         callbacks=[callback(monitor)],
     )
     trainer.remove_callback(PrinterCallback)

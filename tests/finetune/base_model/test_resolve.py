@@ -145,6 +145,7 @@ def test_a_hub_model_is_fetched_once_with_one_kind_of_weights(hub: Hub, tmp_path
         "revision": COMMIT,
         "fingerprint": COMMIT,
         "embedded": False,
+        "trust_remote_code": False,
     }
     assert (found.path / "model.safetensors").is_file()
     assert not (found.path / "pytorch_model.bin").exists()

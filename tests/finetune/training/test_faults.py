@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -221,6 +222,23 @@ def test_weights_that_lack_a_tensor_are_not_filled_with_random_numbers(own_model
     save_file(tensors, weights, metadata={"format": "pt"})
     with pytest.raises(BaseModelError, match=r"missing keys: model\.layers\.1\.mlp\.up_proj\.weight"):
         train_adapter(own_model)
+
+
+def test_code_of_the_base_model_runs_only_if_it_is_trusted(
+    own_model: TrainingRequest, make_request: MakeRequest, tmp_path: Path
+) -> None:
+    ran = tmp_path / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\nfrom transformers import LlamaForCausalLM\n"
+    code += "class OurLlama(LlamaForCausalLM):\n    pass\n"
+    (own_model.base_model.path / "modeling_ours.py").write_text(code)
+    config = own_model.base_model.path / "config.json"
+    named = {"auto_map": {"AutoModelForCausalLM": "modeling_ours.OurLlama"}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | named))
+    train_adapter(make_request(place="untrusted", base_model=own_model.base_model, max_steps=1))
+    assert not ran.exists()
+    trusted = own_model.base_model.model_copy(update={"trust_remote_code": True})
+    train_adapter(make_request(place="trusted", base_model=trusted, max_steps=1))
+    assert ran.exists()
 
 
 def test_what_needs_a_gpu_is_refused_without_one(make_request: MakeRequest) -> None:
