@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import sqlite3
 import sys
 from pathlib import Path
 
@@ -28,7 +29,11 @@ def main() -> int:
         settings = _settings()
         lock = _only_gateway(settings.data_dir)
         key, origin = _key(settings)
-        listener = socket.create_server((settings.host, settings.port), family=_family(settings.host))
+        listener = _listener(settings)
+        app = create_app(settings, key)
+    except sqlite3.Error as error:
+        print(f"error: the database cannot be used: {error} [{settings.data_dir}]", file=sys.stderr)
+        return 2
     except (ConfigurationError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -41,10 +46,8 @@ def main() -> int:
         f"settings: {PREFIX}STUDIO_DIR, _TRAIN_COMMAND, _GPUS, _MODELS and others, see docs/h2o.md",
         flush=True,
     )
-    # Clients that poll once a minute keep their connection.
-    config = uvicorn.Config(
-        create_app(settings, key), log_level="warning", timeout_keep_alive=75, timeout_graceful_shutdown=5
-    )
+    # Clients that poll once a minute keep their connection. Of uvicorn's two protocols h11 alone limits headers.
+    config = uvicorn.Config(app, http="h11", log_level="warning", timeout_keep_alive=75, timeout_graceful_shutdown=5)
     uvicorn.Server(config).run(sockets=[listener])
     os.close(lock)
     return 0
@@ -91,8 +94,15 @@ def _key(settings: Settings) -> tuple[str, str]:
     return path.read_text(encoding="ascii").strip(), f"$(cat {path})"
 
 
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
+def _listener(settings: Settings) -> socket.socket:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family)
+    except OSError as error:
+        # It names the address.
+        raise ConfigurationError(
+            error.strerror or str(error), remedy=f"Set {PREFIX}HOST and {PREFIX}PORT to what is free here"
+        ) from None
 
 
 if __name__ == "__main__":

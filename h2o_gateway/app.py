@@ -1,5 +1,8 @@
 """The HTTP service."""
 
+import logging
+import sqlite3
+
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -10,6 +13,7 @@ from h2o_gateway.guard import Guard
 from h2o_gateway.routes import DATASETS_ROUTE, api, health
 from h2o_gateway.settings import Settings
 
+_logger = logging.getLogger(__name__)
 # What a form needs around its file, with its boundaries and other fields.
 _FORM_BYTES = 1 << 16
 
@@ -35,8 +39,14 @@ def create_app(settings: Settings, key: str) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _refuse_request)
     app.add_exception_handler(DatasetError, _refuse_dataset)
     app.add_exception_handler(StorageFullError, _storage_full)
+    app.add_exception_handler(sqlite3.Error, _database_fails)
     limits = {DATASETS_ROUTE: settings.max_dataset_bytes + _FORM_BYTES}
-    app.add_middleware(Guard, key=key, limit=lambda path: limits.get(path, settings.max_request_bytes))
+    app.add_middleware(
+        Guard,
+        key=key,
+        limit=lambda path: limits.get(path, settings.max_request_bytes),
+        idle=settings.body_idle_seconds,
+    )
     return app
 
 
@@ -54,3 +64,8 @@ def _refuse_dataset(_: Request, error: Exception) -> JSONResponse:
 
 def _storage_full(_: Request, error: Exception) -> JSONResponse:
     return JSONResponse({"detail": str(error)}, 507)
+
+
+def _database_fails(_: Request, error: Exception) -> JSONResponse:
+    _logger.error("the gateway's database: %s", error)
+    return JSONResponse({"detail": f"the gateway's database: {error}"}, 503)

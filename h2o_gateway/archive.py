@@ -5,7 +5,7 @@ from __future__ import annotations
 import zipfile
 from pathlib import Path
 
-from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME
+from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME, adapter_hash
 from finetune.errors import TrainingError
 from finetune.publishing import sha256_file, temporary_sibling
 
@@ -21,14 +21,16 @@ def write_archive(target: Path, output: Path, log: bytes) -> tuple[str, int]:
 
     Raises:
         TrainingError: there is no adapter in PEFT's layout.
+        ArtifactError: it is damaged.
     """
     directory = output / FOLDER
     files = [directory / name for name in (CONFIG_NAME, WEIGHTS_NAME)]
     for file in files:
-        if not file.is_file() or file.is_symlink():
+        if not file.is_file() or file.is_symlink() or directory.is_symlink():
             raise TrainingError(
                 f"H2O LLM Studio says that it has finished, but {FOLDER}/{file.name} is missing", where=directory
             )
+    adapter_hash(directory)
     temporary = temporary_sibling(target)
     try:
         # Weights hardly become smaller.

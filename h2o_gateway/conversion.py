@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 COLUMNS = ("id", "parent_id", "system", "prompt", "answer")
 _ROWS_AT_A_TIME = 4096
+# A line is held in memory.
+_LINE_BYTES = 64 << 20
 
 Row = dict[str, str | None]
 
@@ -85,7 +87,9 @@ def write_parquet(jsonl: Path, parquet: Path, model_dir: Path) -> int:
 def _records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Records and their line numbers from 1; blank lines are passed over."""
     with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
+        for number, line in enumerate(iter(lambda: stream.readline(_LINE_BYTES + 1), b""), start=1):
+            if len(line) > _LINE_BYTES:
+                raise DatasetError(f"line {number} is longer than {_LINE_BYTES} bytes")
             if line.isspace():
                 continue
             try:

@@ -48,7 +48,7 @@ class ExperimentRequest(BaseModel):
     )
     config: LoraConfig = Field(default_factory=LoraConfig)
     # H2O LLM Studio makes file names of it.
-    name: str = Field("", pattern=r"^[A-Za-z0-9_ .:-]{0,100}$")
+    name: str = Field("", pattern=r"^([A-Za-z0-9][A-Za-z0-9_ .:-]{0,99})?$")
     idempotency_key: str | None = Field(
         None, min_length=1, max_length=200, description="The same key gives the same experiment."
     )

@@ -50,7 +50,9 @@ Known = Annotated[Row, Depends(_experiment)]
 
 health = APIRouter()
 # The guard has looked at the key before a body is read; the dependency puts it into the documentation.
-api = APIRouter(prefix="/api", dependencies=[Depends(HTTPBearer(auto_error=False))], responses=_problems(401, 413, 507))
+api = APIRouter(
+    prefix="/api", dependencies=[Depends(HTTPBearer(auto_error=False))], responses=_problems(401, 408, 413, 503, 507)
+)
 
 
 @health.get("/health", responses={503: {"model": Health}})

@@ -39,6 +39,7 @@ class Settings(BaseSettings):
 
     max_dataset_bytes: int = Field(16 << 30, gt=0, description="A larger dataset is refused.")
     max_request_bytes: int = Field(1 << 20, gt=0, description="Any other larger body is refused.")
+    body_idle_seconds: float = Field(60.0, gt=0, description="A body that pauses for longer ends in 408.")
     poll_seconds: float = Field(1.0, gt=0, description="Between two looks at the running trainings.")
     stop_grace_seconds: float = Field(10.0, ge=0, description="From SIGTERM to SIGKILL when one is cancelled.")
 

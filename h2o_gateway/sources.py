@@ -10,9 +10,14 @@ from h2o_gateway.settings import PREFIX, Settings
 # Never a path: a client does not choose what is read on this machine.
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
 
+_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9][\w./-]*", re.ASCII)
+
 
 def check_base_model(settings: Settings, request: ExperimentRequest) -> list[str]:
     """Why the base model cannot be had, if it cannot."""
+    revision = request.base_model_revision
+    if revision is not None and not _REVISION.fullmatch(revision):
+        return ["base_model_revision: no branch, tag or commit"]
     if request.base_model in settings.model_paths:
         return []
     known = ", ".join(settings.model_paths) or "none"

@@ -7,6 +7,7 @@ that can take long or fail happens here, in a process that can be cancelled and 
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,12 +15,15 @@ from pydantic import BaseModel
 
 from finetune.base_model.directory import directory_fingerprint
 from finetune.base_model.resolve import resolve_base_model
-from finetune.errors import BaseModelError, FinetuneError
+from finetune.errors import BaseModelError, ConfigurationError, FinetuneError
 from finetune.publishing import is_complete, read_manifest, sha256_json
 from h2o_gateway.attempt import Attempt
 from h2o_gateway.conversion import write_parquet
 from h2o_gateway.models import ExperimentRequest
+from h2o_gateway.settings import PREFIX
 from h2o_gateway.studio import configuration, write_configuration
+
+_REMEDY = f"Set {PREFIX}TRAIN_COMMAND, or {PREFIX}STUDIO_DIR, where it runs"
 
 
 class Job(BaseModel):
@@ -45,8 +49,14 @@ def main(directory: Path) -> int:
     job = Job.model_validate_json(attempt.job.read_bytes())
     try:
         _prepare(attempt, job)
+        if not job.studio_dir.is_dir():
+            raise ConfigurationError("no such directory", where=job.studio_dir, remedy=_REMEDY)
         os.chdir(job.studio_dir)
         sys.stdout.flush()
+        if shutil.which(job.command[0]) is None:
+            raise ConfigurationError(
+                f"the training command {job.command[0]!r} is not to be found", where=job.studio_dir, remedy=_REMEDY
+            )
         os.execvp(job.command[0], job.command)
     except (FinetuneError, OSError) as error:
         print(f"error: {error}", flush=True)

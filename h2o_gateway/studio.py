@@ -23,6 +23,8 @@ OPTIMIZERS = {
     "paged_adamw_32bit": "AdamW",
 }
 
+_LARGEST = (1 << 31) - 1
+
 
 def refusals(trial: TrialConfig) -> list[str]:
     """What a configuration asks for that H2O LLM Studio cannot do; each names its field."""
@@ -41,6 +43,11 @@ def refusals(trial: TrialConfig) -> list[str]:
         "target_modules": trial.target_modules != "all-linear"
         and (not trial.target_modules or any(not name or "," in name for name in trial.target_modules))
         and "wants names without commas, or all-linear",
+    }
+    found |= {
+        field: f"takes no number over {_LARGEST}"
+        for field in ("lora_rank", "lora_alpha", "micro_batch", "accumulation", "epochs", "max_length")
+        if getattr(trial, field) > _LARGEST
     }
     return [f"config.{field}: H2O LLM Studio {why}" for field, why in found.items() if why]
 

@@ -9,8 +9,10 @@ from typing import BinaryIO
 
 from fastapi import HTTPException, Request
 from python_multipart import MultipartParser
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import parse_options_header
+
+from finetune.errors import full_disk_named
 
 _FIELD_BYTES = 4096
 _FIELDS = 16
@@ -89,11 +91,12 @@ async def receive_upload(request: Request, target: Path) -> Upload:
 
     Raises:
         HTTPException: 422 for anything but a whole multipart form with a file.
+        StorageFullError: the disk is full.
     """
     kind, options = parse_options_header(request.headers.get("Content-Type", ""))
     if kind != b"multipart/form-data" or not options.get(b"boundary"):
         raise HTTPException(422, "the body must be multipart/form-data")
-    with target.open("xb") as stream:
+    with full_disk_named(target), target.open("xb") as stream:
         reader = _Reader(stream)
         try:
             parser = MultipartParser(
@@ -111,7 +114,7 @@ async def receive_upload(request: Request, target: Path) -> Upload:
             )
             async for piece in request.stream():
                 parser.write(piece)
-        except MultipartParseError as error:
+        except FormParserError as error:
             raise HTTPException(422, f"the body is no multipart form: {error}") from error
     if not reader.complete:
         raise HTTPException(422, "the body ends in the middle of the form")

@@ -34,6 +34,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, tiny_model: BaseModelRef) 
         MAX_DATASET_BYTES="200000",
         MAX_REQUEST_BYTES="20000",
         STOP_GRACE_SECONDS="0.5",
+        BODY_IDLE_SECONDS="1",
     )
     yield process
     process.close()

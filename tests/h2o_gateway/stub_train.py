@@ -1,13 +1,14 @@
 """Trains nothing, but behaves as the experiment's name says: ``python stub_train.py -Y cfg.yaml``.
 
 quick: finishes at once; wait: finishes when a file ``go`` appears in the output directory; fail: raises;
-deaf: waits and ignores SIGTERM; fork: waits, and so does a child; empty: finishes without an adapter.
-Each start leaves a file behind.
+deaf: waits and ignores SIGTERM; fork: waits, and so does a child; empty: finishes without an adapter; torn: with
+half of one. Each start leaves a file behind.
 """
 
 import json
 import os
 import signal
+import struct
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,10 @@ while behaviour in ("wait", "deaf", "fork") and not (output / "go").exists():
     time.sleep(0.02)
 if behaviour != "empty":
     (output / "adapter_model").mkdir()
-    (output / "adapter_model" / "adapter_model.safetensors").write_bytes(os.urandom(300_000))
+    header = json.dumps({"weight": {"dtype": "U8", "shape": [300_000], "data_offsets": [0, 300_000]}}).encode()
+    content = struct.pack("<Q", len(header)) + header + os.urandom(150_000 if behaviour == "torn" else 300_000)
+    (output / "adapter_model" / "adapter_model.safetensors").write_bytes(content)
+    (output / "adapter_model" / "adapter_model.bin").write_bytes(b"pickle")
     (output / "adapter_model" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
 (output / "checkpoint.pth").write_bytes(b"pickle")
 (output / "flags.json").write_text('{"status": "finished", "info": "Runtime: 00:00:00"}')

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import socket
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -53,6 +55,8 @@ def test_a_bad_dataset_is_refused_and_nothing_of_it_is_kept(
             b'--x\r\nContent-Disposition: form-data; name="sha256"\r\n\r\n0\r\n--x--\r\n',
             "multipart/form-data; boundary=x",
         ),
+        (b'--x\r\nContent-Disposition: form-data; name="' + b"a" * 100_000, "multipart/form-data; boundary=x"),
+        (b"--" + b"x" * 1000, f"multipart/form-data; boundary={'x' * 1000}"),
     ],
 )
 def test_a_broken_form_is_refused(gateway: GatewayProcess, content: bytes, kind: str) -> None:
@@ -79,6 +83,60 @@ def test_a_body_over_the_limit_ends_in_413_with_the_reason_and_leaves_nothing(
     assert list((gateway.directory / "datasets" / ".incoming").iterdir()) == []
     small = b" " * 30_000 if announced else (b" " * 1000 for _ in range(30))
     assert gateway.http.post("/api/experiments", content=small).status_code == 413
+
+
+def connected(gateway: GatewayProcess, *head: str) -> socket.socket:
+    """A connection that has sent a head."""
+    connection = socket.create_connection((httpx.URL(gateway.url).host, httpx.URL(gateway.url).port or 0), timeout=20)
+    connection.sendall("\r\n".join((*head, "Host: x", "", "")).encode())
+    return connection
+
+
+def answer_to(connection: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    with contextlib.suppress(ConnectionResetError):
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+    return b""
+
+
+@pytest.mark.parametrize("key", [KEY, "guessed"])
+def test_a_body_without_an_end_is_not_read_for_ever(gateway: GatewayProcess, key: str) -> None:
+    head = ("POST /api/experiments HTTP/1.1", f"Authorization: Bearer {key}", "Transfer-Encoding: chunked")
+    piece, sent = b"10000\r\n" + b" " * 65536 + b"\r\n", 0
+    with connected(gateway, *head) as connection, contextlib.suppress(ConnectionError):
+        while sent < 200 << 20:
+            connection.sendall(piece)
+            sent += len(piece)
+    assert sent < 100 << 20
+
+
+@pytest.mark.parametrize(
+    ("path", "length", "status"),
+    [("/api/datasets", 100, b"408"), ("/api/experiments", 100, b"408"), ("/api/datasets", 1 << 40, b"413")],
+)
+def test_a_body_that_pauses_is_given_up_and_leaves_nothing(
+    gateway: GatewayProcess, path: str, length: int, status: bytes
+) -> None:
+    head = (
+        "Authorization: Bearer " + KEY,
+        f"Content-Length: {length}",
+        "Content-Type: multipart/form-data; boundary=x",
+    )
+    with connected(gateway, f"POST {path} HTTP/1.1", *head) as connection:
+        connection.sendall(b"--x\r\n")
+        assert answer_to(connection).startswith(b"HTTP/1.1 " + status)
+    assert list((gateway.directory / "datasets" / ".incoming").iterdir()) == []
+
+
+def test_a_head_without_an_end_is_refused(gateway: GatewayProcess) -> None:
+    def answered(length: int) -> bytes:
+        head = ("GET /health HTTP/1.1", "X: " + "a" * length, "Connection: close")
+        with contextlib.suppress(ConnectionError), connected(gateway, *head) as connection:
+            return answer_to(connection)
+        return b""
+
+    assert answered(5_000).startswith(b"HTTP/1.1 200")
+    assert not answered(5_000_000).startswith(b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(
@@ -193,9 +251,10 @@ def test_what_cannot_be_trained_is_refused_by_the_fields_name(
         (b"[" * 15_000, 400),
         (b"\xff", 400),
         (b'{"name": "../../x"}', 422),
+        (b'{"name": ".."}', 422),
         (b'{"name": "\\u0000"}', 422),
     ],
-    ids=["surrogate", "nan", "infinity", "digits", "depth", "no-utf8", "path", "nul"],
+    ids=["surrogate", "nan", "infinity", "digits", "depth", "no-utf8", "path", "dots", "nul"],
 )
 def test_a_request_made_to_break_things_is_a_clear_refusal(
     gateway: GatewayProcess, content: bytes, status: int
@@ -257,9 +316,22 @@ def test_a_training_that_fails_tells_why_and_shows_its_log(gateway: GatewayProce
     assert (len(log), log[-1]) == (2, "RuntimeError: CUDA out of memory: 80 GiB wanted")
 
 
-def test_a_training_that_finishes_without_an_adapter_has_failed(gateway: GatewayProcess) -> None:
-    ended = gateway.wait(gateway.create("empty").json()["id"], "failed")
-    assert "adapter_model/adapter_config.json is missing" in ended["error"]
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [("empty", "adapter_model/adapter_config.json is missing"), ("torn", "the adapter's weights are damaged")],
+)
+def test_a_training_that_finishes_without_a_whole_adapter_has_failed(
+    gateway: GatewayProcess, behaviour: str, said: str
+) -> None:
+    ended = gateway.wait(gateway.create(behaviour).json()["id"], "failed", "finished")
+    assert said in ended["error"]
+    assert not (gateway.directory / "experiments" / ended["id"] / "adapter.zip").exists()
+
+
+@pytest.mark.parametrize("revision", ["../../../etc/passwd", "a/../b", "-x", "a b", ""])
+def test_a_revision_is_no_path(gateway: GatewayProcess, revision: str) -> None:
+    answer = gateway.create(base_model_revision=revision)
+    assert (answer.status_code, answer.json()["detail"]) == (422, "base_model_revision: no branch, tag or commit")
 
 
 def test_an_unknown_experiment_is_404_at_every_call(gateway: GatewayProcess) -> None:

@@ -15,6 +15,7 @@ from finetune.chat.template import ChatTemplate
 from finetune.dataset.records import as_messages
 from finetune.dataset.rules import RejectedError, checked_turns
 from finetune.errors import BaseModelError, DatasetError
+from h2o_gateway import conversion
 from h2o_gateway.conversion import COLUMNS, count_records, write_parquet
 from tests.finetune.chat.conftest import write_tokenizer
 from tests.h2o_gateway import h2o_train
@@ -161,4 +162,12 @@ def test_records_are_counted_and_the_first_bad_line_is_named(tmp_path: Path) -> 
     assert count_records(path) == 2
     path.write_text('{"text": "a"}\n{"messages": [{"role": "king", "content": "x"}]}\n', encoding="utf-8")
     with pytest.raises(DatasetError, match=r"line 2 is no training record: bad_role \(messages\[0\].role\)"):
+        count_records(path)
+
+
+def test_a_line_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_LINE_BYTES", 100)
+    path = tmp_path / "long.jsonl"
+    path.write_bytes(b'{"text": "short"}\n{"text": "' + b"x" * 1000 + b'"}\n')
+    with pytest.raises(DatasetError, match="line 2 is longer than 100 bytes"):
         count_records(path)

@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi.testclient import TestClient
 
 from finetune.base_model.models import BaseModelRef
+from h2o_gateway import start
 from h2o_gateway.__main__ import main
+from h2o_gateway.app import create_app
 from h2o_gateway.attempt import Attempt
+from h2o_gateway.datasets import Datasets
 from h2o_gateway.models import ExperimentRequest
+from h2o_gateway.settings import Settings
+from h2o_gateway.start import Job
 from h2o_gateway.store import Store
 from tests.h2o_gateway.conftest import Launch
 from tests.h2o_gateway.process import KEY, MODEL, RECORDS, ROOT, GatewayProcess, is_alive, until
@@ -175,7 +181,8 @@ def test_a_second_gateway_on_the_same_data_is_refused(launch: Launch, tiny_model
             "H2O_GATEWAY_TRAIN_COMMAND: Value error, the command must hold {config}",
         ),
         ({"GPUS": "0,0"}, "H2O_GATEWAY_GPUS"),
-        ({"HOST": "192.0.2.1"}, "Cannot assign requested address"),
+        ({"HOST": "192.0.2.1"}, "('192.0.2.1', 8760)). Set H2O_GATEWAY_HOST and H2O_GATEWAY_PORT"),
+        ({"DATA_DIR": "/proc/none"}, "/proc/none"),
         ({"MODELS": "x=/no/such/place"}, "H2O_GATEWAY_MODELS"),
     ],
 )
@@ -192,6 +199,76 @@ def test_wrong_settings_are_one_clear_error(
     error = capsys.readouterr().err
     assert said in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_damaged_database_is_one_clear_error_and_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    database = tmp_path / "gateway.db"
+    database.write_bytes(b"no database " * 1000)
+    for name, value in {"DATA_DIR": str(tmp_path), "API_KEY": KEY, "PORT": "0"}.items():
+        monkeypatch.setenv(f"H2O_GATEWAY_{name}", value)
+    assert main() == 2
+    assert capsys.readouterr().err == f"error: the database cannot be used: file is not a database [{tmp_path}]\n"
+    assert database.read_bytes() == b"no database " * 1000
+
+
+def test_a_database_that_fails_later_is_told_by_every_call(tmp_path: Path) -> None:
+    app = create_app(Settings(data_dir=tmp_path, poll_seconds=60), KEY)
+    with TestClient(app, headers={"Authorization": f"Bearer {KEY}"}) as client:
+        assert client.get("/api/experiments").status_code == 200
+        for path in tmp_path.glob("gateway.db*"):
+            path.write_bytes(b"no database " * 1000)
+        for call in ("/health", "/api/experiments", "/api/experiments/exp-1"):
+            answer = client.get(call)
+            assert answer.status_code == 503
+            assert answer.json()["detail"].startswith("the gateway's database: ")
+
+
+def test_an_upload_to_a_full_disk_is_507_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "full").symlink_to("/dev/full")
+    monkeypatch.setattr(Datasets, "new_upload", lambda _: tmp_path / "full")
+    # Exclusive creation, which a device that is always full would not pass.
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode="r", *rest, **more: opened(path, mode.replace("x", "w")))
+    with TestClient(create_app(Settings(data_dir=tmp_path / "data"), KEY)) as client:
+        answer = client.post(
+            "/api/datasets",
+            files={"file": ("train.jsonl", RECORDS)},
+            data={"sha256": hashlib.sha256(RECORDS).hexdigest()},
+            headers={"Authorization": f"Bearer {KEY}"},
+        )
+    assert (answer.status_code, "no space left" in answer.json()["detail"]) == (507, True)
+    assert not (tmp_path / "full").exists()
+
+
+@pytest.mark.parametrize("missing", ["command", "directory"])
+def test_a_command_that_is_not_there_is_told_with_its_setting(
+    tmp_path: Path,
+    tiny_model: BaseModelRef,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    missing: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dataset.jsonl").write_bytes(RECORDS)
+    job = Job(
+        request=ExperimentRequest(dataset_id="0" * 64, base_model=MODEL),
+        name="x",
+        dataset=tmp_path / "dataset.jsonl",
+        model_path=tiny_model.path,
+        cache_dir=tmp_path / "cache",
+        command=["no-such-program" if missing == "command" else sys.executable],
+        studio_dir=tmp_path / "no-such-directory" if missing == "directory" else tmp_path,
+        trust_remote_code=False,
+        workers=0,
+    )
+    Attempt(tmp_path).job.write_text(job.model_dump_json())
+    assert start.main(tmp_path) == 1
+    said = capsys.readouterr().out
+    assert f"no-such-{'program' if missing == 'command' else missing}" in said
+    assert "Set H2O_GATEWAY_TRAIN_COMMAND, or H2O_GATEWAY_STUDIO_DIR" in said
 
 
 class Receiver:

@@ -151,6 +151,9 @@ def test_no_field_of_a_plan_is_passed_over_in_silence(tmp_path: Path, field: str
         {"seed": -1},
         {"weight_decay": -0.1},
         {"target_modules": []},
+        {"lora_rank": 1 << 31},
+        {"accumulation": 10**400},
+        {"epochs": 1e308},
     ],
     ids=lambda change: next(iter(change)),
 )
