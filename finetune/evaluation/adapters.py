@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +14,14 @@ from finetune.errors import ArtifactError, BaseModelError
 from finetune.publishing import is_complete, read_manifest
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from torch.nn import Module
     from transformers import PreTrainedModel
 
 _BASE_REMEDY = "Delete the directory to have it made or downloaded again, or set BASE_MODEL_NAME to another model"
-_REMEDY = "Train the adapter again, or evaluate it with the base model that it was trained on"
+# They travel along when training has changed the vocabulary, and a tied end with the other.
+_EMBEDDINGS = re.compile(r"\b(embed_tokens|lm_head)(\.(base_layer|modules_to_save|original_module))?\.weight$")
+_REMEDY = "Train the adapter again, or use the base model that it was trained on"
 
 
 def load_base(base_model: BaseModelRef) -> PreTrainedModel:
@@ -72,41 +76,28 @@ def check_adapter(adapter_path: Path) -> None:
         raise ArtifactError(f"no adapter here: {WEIGHTS_NAME} is missing", where=adapter_path, remedy=_REMEDY)
 
 
-@contextmanager
-def attached(model: PreTrainedModel, adapter_path: Path) -> Iterator[Module]:
-    """The model with an adapter of any of PEFT's kinds; afterwards the model is as it was before.
+def load_adapter(model: PreTrainedModel, adapter_path: Path) -> PeftModel:
+    """The model with an adapter of any of PEFT's kinds put on, in evaluation mode.
 
     PEFT only warns of tensors that it did not find, and stays silent about those that fit nowhere; here
-    both are errors, because such a model's scores would be the base's own.
+    both are errors, because such a model is the base itself, or half of it is.
 
     Raises:
         ArtifactError: the adapter is damaged or does not fit the base model.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors import SafetensorError, safe_open
+    peft_model = _load(model, adapter_path)
+    _refuse_misfit(peft_model, adapter_path)
+    return peft_model
 
+
+@contextmanager
+def attached(model: PreTrainedModel, adapter_path: Path) -> Iterator[Module]:
+    """As `load_adapter`; afterwards the model is as it was before."""
     check_adapter(adapter_path)
     tree = [(module, dict(module.named_children())) for module in model.modules()]
+    peft_model = _load(model, adapter_path)
     try:
-        with safe_open(adapter_path / WEIGHTS_NAME, framework="pt") as weights:
-            found = set(weights.keys())
-        peft_model = PeftModel.from_pretrained(model, str(adapter_path)).eval()
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ArtifactError(f"the adapter cannot be loaded: {error}", where=adapter_path, remedy=_REMEDY) from error
-    try:
-        expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
-        missing = sorted(expected - found)
-        # Embeddings travel along when training has changed the vocabulary.
-        surplus = sorted(
-            name for name in found - expected if not name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        )
-        if missing or surplus:
-            fault = f"lacks {len(missing)} tensors such as {missing[0]}" if missing else f"has {surplus[0]} beside them"
-            raise ArtifactError(
-                f"the adapter does not fit the base model: of the tensors that it should hold it {fault}",
-                where=adapter_path,
-                remedy=_REMEDY,
-            )
+        _refuse_misfit(peft_model, adapter_path)
         yield peft_model
     finally:
         config = peft_model.active_peft_config
@@ -117,3 +108,31 @@ def attached(model: PreTrainedModel, adapter_path: Path) -> Iterator[Module]:
             for name, child in children.items():
                 if getattr(module, name) is not child:
                     setattr(module, name, child)
+
+
+def _load(model: PreTrainedModel, adapter_path: Path) -> PeftModel:
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(model, str(adapter_path), local_files_only=True).eval()
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ArtifactError(f"the adapter cannot be loaded: {error}", where=adapter_path, remedy=_REMEDY) from error
+
+
+def _refuse_misfit(peft_model: PeftModel, adapter_path: Path) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    with safe_open(adapter_path / WEIGHTS_NAME, framework="pt") as weights:
+        found = set(weights.keys())
+    expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    missing = sorted(expected - found)
+    surplus = sorted(name for name in found - expected if not _EMBEDDINGS.search(name))
+    if missing or surplus:
+        fault = f"lacks {len(missing)} tensors such as {missing[0]}" if missing else f"has {surplus[0]} beside them"
+        raise ArtifactError(
+            f"the adapter does not fit the base model: of the tensors that it should hold it {fault}",
+            where=adapter_path,
+            remedy=_REMEDY,
+        )

@@ -79,16 +79,43 @@ def read_peft_config(adapter_path: Path) -> dict[str, Any]:
     """``adapter_config.json`` of an adapter whose method is known.
 
     Raises:
-        ArtifactError: missing, not JSON, or without a ``peft_type``.
+        ArtifactError: missing, not JSON, without a ``peft_type`` that PEFT knows, or LoRA without a rank and scale.
     """
+    from peft import PeftType
+
     config = read_adapter_config(adapter_path)
-    if "peft_type" not in config:
+    fault = None
+    if config.get("peft_type") not in set(PeftType):
+        fault = f"adapter_config.json names no peft_type that PEFT knows: {config.get('peft_type')!r}"
+    elif config["peft_type"] == "LORA":
+        fault = _scale_fault(config)
+    if fault:
         raise ArtifactError(
-            "adapter_config.json names no peft_type",
+            fault,
             where=adapter_path / CONFIG_NAME,
             remedy="Train the adapter again, or point --adapter at a directory in PEFT's layout",
         )
     return config
+
+
+def _scale_fault(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the ranks and scales of a LoRA configuration, or None."""
+    patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        return "rank_pattern or alpha_pattern is no object"
+    ranks, alphas = patterns
+    for value in (config.get("r"), *ranks.values()):
+        if type(value) is not int or value < 1:
+            return f"a rank is {value!r}, not a positive integer"
+    for value in (config.get("lora_alpha"), *alphas.values()):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            return f"an alpha is {value!r}, not a number"
+    for pattern in (*ranks, *alphas):
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"the pattern {pattern!r} is no regular expression: {error}"
+    return None
 
 
 def is_plain_lora(config: Mapping[str, Any]) -> bool:
@@ -125,7 +152,7 @@ def read_lora_pairs(adapter_path: Path, config: Mapping[str, Any]) -> dict[str, 
     """The pairs of a plain LoRA adapter by module name, or None where it holds anything else.
 
     Raises:
-        ArtifactError: a pair is incomplete, or the weights are damaged.
+        ArtifactError: a pair is incomplete or does not fit together, or the weights are damaged.
     """
     updates = read_updates(adapter_path, config) if is_plain_lora(config) else None
     return None if updates is None or updates.replaced else updates.pairs
@@ -135,7 +162,7 @@ def read_updates(adapter_path: Path, config: Mapping[str, Any]) -> Updates | Non
     """What LoRA, rsLoRA, DoRA and `modules_to_save` do to tensors, or None where the adapter holds anything else.
 
     Raises:
-        ArtifactError: a pair is incomplete, or the weights are damaged.
+        ArtifactError: a pair is incomplete or does not fit together, or the weights are damaged.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -164,6 +191,15 @@ def read_updates(adapter_path: Path, config: Mapping[str, Any]) -> Updates | Non
     for module, side in sides.items():
         if side.keys() != whole:
             raise ArtifactError(f"the adapter has only one half of {module}", where=path, remedy=remedy)
+        rank = _pattern_value(config.get("rank_pattern") or {}, module, config["r"])
+        outputs = len(side["B"])
+        if not len(side["A"]) == side["B"].shape[1] == rank or len(side.get("magnitude_vector", side["B"])) != outputs:
+            shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(side.items()))
+            raise ArtifactError(
+                f"the adapter's tensors of {module} do not fit each other and rank {rank}: {shapes}",
+                where=path,
+                remedy=remedy,
+            )
         pairs[module] = LoraPair(
             side["A"],
             side["B"],

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.adapter_files import adapter_hash
 from finetune.errors import ExportError
+from finetune.evaluation.adapters import load_adapter
 from finetune.export.prompts import encode_prompts, greedy_tokens
 
 if TYPE_CHECKING:
@@ -49,10 +50,10 @@ def check_merge(*, base_model: BaseModelRef, adapter_path: Path, merged_path: Pa
     either may be chosen.
 
     Raises:
+        ArtifactError: the adapter is damaged or does not fit the base model.
         ExportError: they differ (the first differing layer is named), or the merged model does not load.
         ValueError: no prompts.
     """
-    from peft import PeftModel
     from transformers import AutoConfig, AutoTokenizer
 
     if not prompts:
@@ -71,7 +72,7 @@ def check_merge(*, base_model: BaseModelRef, adapter_path: Path, merged_path: Pa
     base = _load(base_model.path)
     if config.get_text_config().vocab_size > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(config.get_text_config().vocab_size)
-    expected = _observe(PeftModel.from_pretrained(base, adapter_path, local_files_only=True).eval(), ids)
+    expected = _observe(load_adapter(base, adapter_path), ids)
     del base
     try:
         merged = _load(merged_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import ExportError
+from finetune.evaluation.adapters import load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,10 +44,10 @@ def merge_through_peft(model_path: Path, adapter_path: Path, config: Mapping[str
     Returns how many modules were merged.
 
     Raises:
+        ArtifactError: the adapter is damaged or does not fit the base model.
         ExportError: peft cannot merge this adapter.
     """
     import torch
-    from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", local_files_only=True)
@@ -55,7 +56,7 @@ def merge_through_peft(model_path: Path, adapter_path: Path, config: Mapping[str
         base.resize_token_embeddings(added)
     if _touches_embeddings(adapter_path, config):
         _untie(base)
-    model = PeftModel.from_pretrained(base, adapter_path, local_files_only=True)
+    model = load_adapter(base, adapter_path)
     if not hasattr(model, "merge_and_unload"):
         raise ExportError(
             f"peft cannot merge an adapter of type {config['peft_type']}",

@@ -463,6 +463,75 @@ def test_an_incomplete_adapter_is_refused(base: BaseModelRef, adapter: Path, tmp
         merge_adapter(base_model=base, adapter_path=tmp_path, output_dir=tmp_path / "m", run_id="r")
 
 
+def without_a_layer(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
+
+
+def of_other_names(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace(".layers.", ".blocks."): tensor for name, tensor in tensors.items()}
+
+
+def with_a_layer_more(tensors: dict[str, Any]) -> dict[str, Any]:
+    return tensors | {
+        name.replace(".layers.1.", ".layers.2."): tensor.clone()
+        for name, tensor in tensors.items()
+        if ".layers.1." in name
+    }
+
+
+def of_two_ranks(tensors: dict[str, Any]) -> dict[str, Any]:
+    return {name: tensor[:3].clone() if "lora_A" in name else tensor for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without_a_layer, "does not fit the base model.*lacks 14 tensors"),
+        (of_other_names, "does not fit the base model.*lacks 28 tensors"),
+        (with_a_layer_more, r"does not fit the base model.*layers\.2\..* beside them"),
+        (of_two_ranks, r"do not fit each other and rank 8: A \(3, "),
+    ],
+)
+def test_an_adapter_of_another_model_is_refused(
+    base: BaseModelRef, adapter: Path, tmp_path: Path, change: Any, message: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    tensors = load_file(other / "adapter_model.safetensors")
+    save_file(change(tensors), other / "adapter_model.safetensors")
+    with pytest.raises(ArtifactError, match=message):
+        merge_adapter(
+            base_model=base, adapter_path=other, output_dir=tmp_path / "m", run_id="r", validate_on=PROMPTS[:1]
+        )
+    assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "UNHEARD_OF"}, "no peft_type that PEFT knows: 'UNHEARD_OF'"),
+        ({"r": 0}, "a rank is 0"),
+        ({"r": None}, "a rank is None"),
+        ({"rank_pattern": {"q_proj": "four"}}, "a rank is 'four'"),
+        ({"lora_alpha": float("nan")}, "an alpha is nan"),
+        ({"alpha_pattern": {"(": 3}}, "no regular expression"),
+        ({"alpha_pattern": [3]}, "no object"),
+    ],
+)
+def test_a_configuration_without_ranks_and_scales_is_refused(
+    base: BaseModelRef, adapter: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(adapter, other)
+    config = json.loads((other / "adapter_config.json").read_text()) | change
+    (other / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=message) as raised:
+        merge_adapter(base_model=base, adapter_path=other, output_dir=tmp_path / "m", run_id="r")
+    assert str(other / "adapter_config.json") in str(raised.value)
+
+
 def test_merging_a_qlora_adapter_says_what_leaving_the_quantized_base_costs(
     base: BaseModelRef, adapter: Path, tmp_path: Path
 ) -> None:
