@@ -12,7 +12,7 @@ import httpx
 from pydantic import Field
 
 from finetune.errors import ExportError, RemoteError
-from finetune.export.modelfile import MODELFILE, read_modelfile
+from finetune.export.modelfile import MODELFILE, MODELFILE_MERGED, read_modelfile
 from finetune.export.models import OllamaExport
 from finetune.layout import DataLayout
 from finetune.progress import Progress, ProgressEvent, ignore_progress
@@ -33,8 +33,8 @@ class OllamaServer(dg.ConfigurableResource["OllamaServer"]):
     timeout: float = Field(600.0, description="Seconds that the server may take to answer.")
 
     def create_from(self, export: OllamaExport, *, name: str, on_progress: Progress = ignore_progress) -> str:
-        """Create the model of an export's ``Modelfile`` (base + adapter) and let it answer once; returns `name`."""
-        return self.create_model(name, export.modelfile, on_progress=on_progress)
+        """Create the model of ``Modelfile`` (base + adapter), else of ``Modelfile.merged``; returns `name`."""
+        return self.create_model(name, export.modelfile or export.modelfile_merged, on_progress=on_progress)
 
     def create_model(self, name: str, modelfile: Path, *, on_progress: Progress = ignore_progress) -> str:
         """Create a model from a Modelfile; returns its name.
@@ -87,9 +87,12 @@ class OllamaServer(dg.ConfigurableResource["OllamaServer"]):
             if name == served:
                 break
             if not self._copy(name, f"{model_name}:{CHAMPION_TAG}"):
-                modelfile = layout.model(reigning.run_id, "ollama") / MODELFILE
-                if not is_complete(modelfile.parent):
+                exports = layout.model(reigning.run_id, "ollama")
+                if not is_complete(exports):
                     return None
+                modelfile = exports / MODELFILE
+                if not modelfile.is_file():
+                    modelfile = exports / MODELFILE_MERGED
                 self.create_model(name, modelfile, on_progress=on_progress)
                 if not self._copy(name, f"{model_name}:{CHAMPION_TAG}"):
                     raise ExportError("the server lost the model that it created", where=f"{self.host} {name}")

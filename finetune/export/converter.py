@@ -157,6 +157,18 @@ def _job(conversion: ModelConversion | AdapterConversion, scratch: Path) -> dict
     return {"script": "convert_lora_to_gguf.py", "model": str(conversion.base), "arguments": arguments}
 
 
+def adapter_refusal(adapter: Path) -> str | None:
+    """Why an adapter cannot be written as GGUF, or None if it can.
+
+    Raises:
+        ArtifactError: the adapter is damaged.
+    """
+    config = read_peft_config(adapter)
+    if not read_lora_pairs(adapter, config):
+        return "llama.cpp runs plain LoRA adapters only"
+    return "llama.cpp knows no fan_in_fan_out" if config.get("fan_in_fan_out") else None
+
+
 def _fold_scales(adapter: Path, output: Path) -> Path:
     """A copy of the adapter in which llama.cpp's one alpha for all modules is right.
 
@@ -165,17 +177,12 @@ def _fold_scales(adapter: Path, output: Path) -> Path:
     """
     from safetensors.torch import save_file
 
-    config = read_peft_config(adapter)
-    pairs = read_lora_pairs(adapter, config)
-    if not pairs:
+    if refusal := adapter_refusal(adapter):
         raise ExportError(
-            "llama.cpp runs plain LoRA adapters only; this one cannot be written as GGUF",
-            where=adapter,
-            remedy="Set EXPORT_TARGETS=vllm to go without GGUF; `lora-assets merge --format gguf` converts the merged "
-            "model alone",
+            f"the adapter cannot be written as GGUF: {refusal}", where=adapter, remedy="Convert the merged model alone"
         )
-    if config.get("fan_in_fan_out"):
-        raise ExportError("an adapter with fan_in_fan_out cannot be written as GGUF", where=adapter)
+    config = read_peft_config(adapter)
+    pairs = read_lora_pairs(adapter, config) or {}
     output.mkdir()
     alpha = config["lora_alpha"]
     tensors = {}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.adapter_files import adapter_hash
 from finetune.errors import ArtifactError
-from finetune.export.converter import AdapterConversion, Conversions, ModelConversion, Precision
+from finetune.export.converter import AdapterConversion, Conversions, ModelConversion, Precision, adapter_refusal
 from finetune.export.models import GgufExport, GgufFile, GgufVerification, MergedModel
 from finetune.export.quantize import quantize_gguf
 from finetune.export.runtime import GgufRuntime
@@ -47,7 +47,8 @@ def export_gguf(
 
     llama.cpp's converter works in a process of its own while Hugging Face's answers are computed here.
     Nothing is published unless a llama.cpp runtime loads every file, tokenizes as the tokenizer does
-    and answers like the merged model (`finetune.export.verify.LIMITS`).
+    and answers like the merged model (`finetune.export.verify.LIMITS`). An adapter that llama.cpp cannot run by itself
+    (DoRA, IA3, whole modules) is left out, with the reason.
 
     Args:
         merged: the merged model.
@@ -84,9 +85,10 @@ def export_gguf(
     base_dir = base_cache / f"{base_model.fingerprint[:16]}-{precision}"
     if reused := _find_complete(output_dir, base_dir, inputs):
         return reused
+    no_adapter = adapter_refusal(adapter_path)
     started = time.monotonic()
     base_is_made = _base_is_complete(base_dir, base_model, inputs["converter"])
-    steps = 3 + (not base_is_made) + (quantization != precision) + 3
+    steps = 2 + (no_adapter is None) + (not base_is_made) + (quantization != precision) + 3
     done = 0
 
     def advance() -> None:
@@ -96,11 +98,11 @@ def export_gguf(
 
     with publish_directory(output_dir, kind=KIND) as staging:
         full = staging.path / f"merged-{precision}.gguf"
-        adapter = staging.path / _ADAPTER_NAME
-        jobs: list[ModelConversion | AdapterConversion] = [
-            ModelConversion(merged.path, full, precision, metadata),
-            AdapterConversion(adapter_path, base_model.path, adapter),
-        ]
+        jobs: list[ModelConversion | AdapterConversion] = [ModelConversion(merged.path, full, precision, metadata)]
+        adapter = None
+        if no_adapter is None:
+            adapter = staging.path / _ADAPTER_NAME
+            jobs.append(AdapterConversion(adapter_path, base_model.path, adapter))
         made_base = staging.path / _BASE_NAME
         if not base_is_made:
             jobs.append(ModelConversion(base_model.path, made_base, precision, {"general.name": base_model.name}))
@@ -128,7 +130,8 @@ def export_gguf(
             full=_describe(full, precision, output_dir),
             quantized=_describe(quantized, quantization, output_dir),
             base=_describe(base_dir / _BASE_NAME, precision, base_dir),
-            adapter=_describe(adapter, "F32", output_dir),
+            adapter=None if adapter is None else _describe(adapter, "F32", output_dir),
+            no_adapter=no_adapter,
             verification=verification,
             seconds=time.monotonic() - started,
         )
@@ -167,7 +170,7 @@ def verify_gguf(
         export.quantized.path,
         export.quantized.quantization,
         export.base.path,
-        export.adapter.path,
+        None if export.adapter is None else export.adapter.path,
         advance,
     )
 
@@ -179,7 +182,7 @@ def _verify(
     quantized: Path,
     quantization: str,
     base: Path,
-    adapter: Path,
+    adapter: Path | None,
     advance: Any,
 ) -> GgufVerification:
     comparisons: dict[str, FileComparison] = {}
@@ -195,9 +198,10 @@ def _verify(
     advance()
     with GgufRuntime(base, context=reference.context) as runtime:
         base_answer = runtime.chat(question)
-    with GgufRuntime(base, adapter, context=reference.context) as runtime:
-        check_tokenization(runtime, reference)
-        comparisons["base+adapter"] = compare(runtime, reference, LIMITS[precision])
+    if adapter is not None:
+        with GgufRuntime(base, adapter, context=reference.context) as runtime:
+            check_tokenization(runtime, reference)
+            comparisons["base+adapter"] = compare(runtime, reference, LIMITS[precision])
     advance()
     return GgufVerification(
         tokenization_equal=True,
@@ -236,7 +240,7 @@ def _find_complete(output_dir: Path, base_dir: Path, inputs: dict[str, Any]) -> 
             "full": here(found.full, output_dir),
             "quantized": here(found.quantized, output_dir),
             "base": here(found.base, base_dir),
-            "adapter": here(found.adapter, output_dir),
+            "adapter": None if found.adapter is None else here(found.adapter, output_dir),
         }
     )
 

@@ -66,7 +66,8 @@ def hub_files(
             directory = layout.model(version.run_id, part)
             export = GgufExport(path=directory, **read_manifest(directory, verify="hashes").results)
             files[f"{name}-{export.quantized.quantization}.gguf"] = directory / export.quantized.path.name
-            files["adapter/adapter.gguf"] = directory / export.adapter.path.name
+            if export.adapter is not None:
+                files["adapter/adapter.gguf"] = directory / export.adapter.path.name
     card = version.stored_path / _CARD
     if _CARD not in files and card.is_file():
         files[_CARD] = card

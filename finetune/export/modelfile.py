@@ -27,7 +27,7 @@ MAX_CONTEXT = 8192
 def write_modelfiles(
     *, gguf: GgufExport, base_model: BaseModelRef, output_dir: Path, run_id: str, system: str | None = None
 ) -> OllamaExport:
-    """Write ``Modelfile`` (base GGUF + adapter GGUF) and ``Modelfile.merged`` (merged GGUF).
+    """Write ``Modelfile`` (base GGUF + adapter GGUF, where there is one) and ``Modelfile.merged`` (merged GGUF).
 
     Paths in them are relative to their directory, so a data root can be moved as a whole. TEMPLATE and
     stop tokens come from the base model's own chat template, num_ctx from its configuration.
@@ -45,16 +45,22 @@ def write_modelfiles(
     """
     result = OllamaExport(
         path=output_dir,
-        modelfile=output_dir / MODELFILE,
+        modelfile=None if gguf.adapter is None else output_dir / MODELFILE,
         modelfile_merged=output_dir / MODELFILE_MERGED,
         created_model=None,
     )
-    base, adapter, merged = (_relative(file.path, output_dir) for file in (gguf.base, gguf.adapter, gguf.quantized))
+    sources = {MODELFILE_MERGED: {"from": gguf.quantized}}
+    if gguf.adapter is not None:
+        sources[MODELFILE] = {"from": gguf.base, "adapter": gguf.adapter}
+    paths = {
+        name: {command: _relative(file.path, output_dir) for command, file in files.items()}
+        for name, files in sources.items()
+    }
     inputs = {
         "base_model": base_model.fingerprint,
-        "files": {name: getattr(gguf, name).sha256 for name in ("base", "adapter", "quantized")},
+        "files": {name: [file.sha256 for file in files.values()] for name, files in sources.items()},
         # Relative paths say whether the files still lie where the Modelfiles look for them.
-        "paths": [base, adapter, merged],
+        "paths": paths,
         "system": system,
     }
     if _is_same(output_dir, inputs):
@@ -65,11 +71,8 @@ def write_modelfiles(
     common += [Command("num_ctx", str(context_length(base_model.path)))]
     common += [Command("system", system)] if system else []
     with publish_directory(output_dir, kind=KIND) as staging:
-        for name, source in (
-            (MODELFILE, [Command("from", base), Command("adapter", adapter)]),
-            (MODELFILE_MERGED, [Command("from", merged)]),
-        ):
-            text = format_modelfile([*source, *common])
+        for name, files in paths.items():
+            text = format_modelfile([*(Command(command, path) for command, path in files.items()), *common])
             (staging.path / name).write_text(text, encoding="utf-8", newline="")
         staging.inputs = inputs
         staging.parameters = {"run_id": run_id, "base_model": base_model.name}

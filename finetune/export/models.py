@@ -75,7 +75,10 @@ class GgufVerification(BaseModel):
 
 
 class GgufExport(BaseModel):
-    """Merged GGUF (full precision and quantized), base GGUF and adapter GGUF, verified by a runtime."""
+    """Merged GGUF (full precision and quantized), base GGUF and adapter GGUF, verified by a runtime.
+
+    `adapter` is None where llama.cpp cannot run such an adapter: `no_adapter` says why.
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -84,7 +87,8 @@ class GgufExport(BaseModel):
     full: GgufFile
     quantized: GgufFile
     base: GgufFile
-    adapter: GgufFile
+    adapter: GgufFile | None
+    no_adapter: str | None = None
     verification: GgufVerification
     seconds: float
     reused: bool = False
@@ -124,12 +128,12 @@ class HubPush(BaseModel):
 
 
 class OllamaExport(BaseModel):
-    """``Modelfile`` (base + adapter) and ``Modelfile.merged``."""
+    """``Modelfile`` (base + adapter; None where there is no adapter as GGUF) and ``Modelfile.merged``."""
 
     model_config = ConfigDict(frozen=True)
 
     path: Path
-    modelfile: Path
+    modelfile: Path | None
     modelfile_merged: Path
     # the model's name on the server, when one was created
     created_model: str | None

@@ -122,8 +122,10 @@ def gguf(
                 [
                     {"file": file.path.name, "type": file.quantization, "bytes": file.size, "sha256": file.sha256}
                     for file in (export.full, export.quantized, export.base, export.adapter)
+                    if file is not None
                 ]
             ),
+            "adapter": export.no_adapter or "as GGUF too",
             "tokenization_equal": check.tokenization_equal,
             "greedy_agreement": table(
                 [{"file": name, "share": share} for name, share in check.greedy_agreement.items()]
@@ -170,11 +172,12 @@ def modelfile(
         export = export.model_copy(update={"created_model": name})
         served = ollama.serve_champion(store.layout, SETTINGS.ollama_model_name, on_progress=log_progress(context))
         context.log.info(f"{SETTINGS.ollama_model_name}:{CHAMPION_TAG} is {served or 'not made yet'}")
+    shown = export.modelfile or export.modelfile_merged
     return dg.MaterializeResult(
         value=export,
         metadata={
             "path": path(export.path),
-            "modelfile": dg.MetadataValue.md(f"```\n{export.modelfile.read_text(encoding='utf-8')}\n```"),
+            "modelfile": dg.MetadataValue.md(f"```\n{shown.read_text(encoding='utf-8')}\n```"),
             "modelfile_merged": path(export.modelfile_merged),
             "created_model": export.created_model or "no OLLAMA_HOST",
             "reused": export.reused,

@@ -64,6 +64,13 @@ def test_a_model_is_created_as_its_modelfile_says(server: FakeOllama, export: Ol
     assert "ollama: success" in [event.stage for event in events]
 
 
+def test_without_a_modelfile_of_base_and_adapter_the_merged_one_is_created(
+    server: FakeOllama, export: OllamaExport
+) -> None:
+    OllamaServer(host=server.address).create_from(export.model_copy(update={"modelfile": None}), name=NAME)
+    assert "base.gguf" in server.models[NAME]["files"]
+
+
 def test_creating_twice_uploads_once(server: FakeOllama, export: OllamaExport) -> None:
     ollama = OllamaServer(host=server.address.removeprefix("http://"))
     ollama.create_from(export, name=NAME)
@@ -165,16 +172,19 @@ def test_the_champion_tag_follows_promotion_and_rollback(
         assert server.models["predator-v21:champion"]["run"] == 1
 
 
+@pytest.mark.parametrize("name", ["Modelfile", "Modelfile.merged"])
 def test_a_champion_that_the_server_lacks_is_created_from_its_exports(
-    server: FakeOllama, export: OllamaExport, layout: DataLayout
+    server: FakeOllama, export: OllamaExport, layout: DataLayout, name: str
 ) -> None:
     ollama = OllamaServer(host=server.address)
     promote(layout.registry, "v1", reason="better", by="test")
     assert ollama.serve_champion(layout, "predator-v21") is None, "nothing is exported yet"
     assert server.models == {}
     with publish_directory(layout.model("run1", "ollama"), kind="ollama") as staging:
-        text = export.modelfile.read_text(encoding="utf-8").replace("../gguf", str(export.path.parent / "gguf"))
-        (staging.path / "Modelfile").write_text(text, encoding="utf-8")
+        text = (
+            (export.path / "Modelfile").read_text(encoding="utf-8").replace("../gguf", str(export.path.parent / "gguf"))
+        )
+        (staging.path / name).write_text(text, encoding="utf-8")
     assert ollama.serve_champion(layout, "predator-v21") == "predator-v21:run1"
     assert server.models["predator-v21:champion"] == server.models["predator-v21:run1"]
 

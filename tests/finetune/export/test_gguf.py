@@ -16,6 +16,8 @@ from finetune.errors import ArtifactError, ConfigurationError, ExportError
 from finetune.export.converter import AdapterConversion, Conversions, ModelConversion
 from finetune.export.gguf import export_gguf, verify_gguf
 from finetune.export.merge import merge_adapter
+from finetune.export.modelfile import read_modelfile, write_modelfiles
+from finetune.export.modelfile_grammar import Command
 from finetune.export.models import GgufExport, MergedModel
 from finetune.export.quantize import quantize_gguf
 from finetune.export.runtime import GgufRuntime
@@ -250,6 +252,38 @@ def test_an_adapter_that_is_no_plain_lora_is_refused(base: BaseModelRef, adapter
     conversions = Conversions([AdapterConversion(dora, base.path, tmp_path / "a.gguf")])
     with pytest.raises(ExportError, match="plain LoRA adapters only"), conversions:
         pass
+
+
+def test_where_llama_cpp_runs_no_such_adapter_the_merged_model_is_exported_alone(
+    base: BaseModelRef, make_adapter: MakeAdapter, gguf: GgufExport, tmp_path: Path
+) -> None:
+    from peft import IA3Config
+
+    adapter = make_adapter(IA3Config(task_type="CAUSAL_LM"))
+    merged = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "merged", run_id="r")
+
+    def make() -> GgufExport:
+        return export_gguf(
+            merged=merged,
+            base_model=base,
+            adapter_path=adapter,
+            output_dir=tmp_path / "gguf",
+            run_id="r",
+            base_cache=gguf.base.path.parent.parent,
+            prompts=PROMPTS,
+            quantization="F16",
+        )
+
+    export = make()
+    assert (export.adapter, export.no_adapter) == (None, "llama.cpp runs plain LoRA adapters only")
+    assert set(export.verification.greedy_agreement) == {"F16"}
+    assert {path.name for path in export.path.iterdir()} == {"merged-F16.gguf", "manifest.json"}
+    assert make() == export.model_copy(update={"reused": True})
+    assert verify_gguf(export=export, merged=merged, prompts=PROMPTS) == export.verification
+    modelfiles = write_modelfiles(gguf=export, base_model=base, output_dir=tmp_path / "ollama", run_id="r")
+    assert modelfiles.modelfile is None
+    assert {path.name for path in modelfiles.path.iterdir()} == {"Modelfile.merged", "manifest.json"}
+    assert read_modelfile(modelfiles.modelfile_merged)[0] == Command("from", str(export.quantized.path))
 
 
 @pytest.mark.parametrize(

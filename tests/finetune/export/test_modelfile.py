@@ -123,6 +123,8 @@ def test_the_context_is_the_models_but_bounded(base: BaseModelRef, tmp_path: Pat
 
 def test_both_modelfiles_lead_to_files_that_exist(base: BaseModelRef, gguf: GgufExport) -> None:
     export = write_modelfiles(gguf=gguf, base_model=base, output_dir=gguf.path.parent / "ollama", run_id="run1")
+    assert export.modelfile is not None
+    assert gguf.adapter is not None
     commands = read_modelfile(export.modelfile)
     assert commands[:2] == [Command("from", str(gguf.base.path)), Command("adapter", str(gguf.adapter.path))]
     assert Command("stop", "<|im_end|>") in commands
