@@ -26,8 +26,8 @@ setup: .venv/.installed ## Make .venv with everything in it (2 to 4 minutes, onc
 demo: .venv/.installed ## Run the whole loop on examples/exports (data lands in ./data/demo)
 	@$(BIN)/lora-assets demo
 
-test: check ## All checks and all tests
-	@$(BIN)/pytest
+test: check ## All checks and all tests, two at a time
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 check: .venv/.installed ## Lint, format, types, import contracts, definitions
 	@$(BIN)/ruff check .

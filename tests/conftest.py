@@ -7,6 +7,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from finetune.base_model.models import BaseModelRef
 
@@ -49,4 +50,7 @@ def tiny_model() -> BaseModelRef:
     from finetune.base_model.embedded import make_embedded_model
 
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lora-assets"
-    return make_embedded_model(cache)
+    cache.mkdir(parents=True, exist_ok=True)
+    # Of test processes side by side one makes it.
+    with FileLock(cache / "tests.lock"):
+        return make_embedded_model(cache)
