@@ -1,9 +1,19 @@
-"""What a person sees of a training while it runs."""
+"""A local training as a step: what a person sees while it runs, and how it is retried."""
+
+import os
+import signal
+import tempfile
+from pathlib import Path
 
 import dagster as dg
 
+from finetune.base_model.models import BaseModelRef
 from finetune.progress import ProgressEvent
-from lora_assets.assets.training import _observed
+from finetune.training.models import TrainingResult
+from lora_assets.assets.training import _observed, _train
+from resources.peft_trainer import PeftTrainer
+from resources.run_log import RunLog
+from tests.resources.test_lease import request_for
 
 
 def test_the_figures_of_a_running_training_are_on_its_asset() -> None:
@@ -25,3 +35,35 @@ def test_the_figures_of_a_running_training_are_on_its_asset() -> None:
     assert observed.partition == "2026-06-01"
     shown = {name: value.value for name, value in observed.metadata.items()}
     assert shown == {"step": 1, "total_steps": 9, "loss": 2.5, "peak_memory_gb": 1.5}
+
+
+def test_a_step_that_is_told_to_end_saves_a_checkpoint_and_its_retry_goes_on_under_a_new_lease(
+    tmp_path: Path, tiny_model: BaseModelRef
+) -> None:
+    request = request_for(tmp_path, tiny_model)
+    results: list[TrainingResult] = []
+    told: list[int] = []
+
+    def end_once(event: ProgressEvent) -> None:
+        if event.stage == "training" and not told:
+            told.append(event.done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    # The path of a unix socket must be short.
+    with tempfile.TemporaryDirectory(prefix="la-", dir="/tmp") as short, dg.DagsterInstance.ephemeral() as instance:
+        run_log = RunLog(data_dir=short)
+
+        @dg.asset(retry_policy=dg.RetryPolicy(max_retries=1), partitions_def=dg.StaticPartitionsDefinition(["d"]))
+        def adapter(context: dg.AssetExecutionContext) -> None:
+            results.append(_train(context, PeftTrainer(), run_log, request, end_once))
+
+        assert dg.materialize([adapter], partition_key="d", instance=instance).success
+        (row,) = run_log.recent()
+        with run_log.lease(request.run_id) as lease:
+            token = lease.token
+        run_log.close()
+    assert told, "otherwise nobody told it to end"
+    (result,) = results
+    assert told[0] <= result.resumed_from_step < result.training_steps
+    assert (row.status, row.attempts) == ("COMPLETED", 2)
+    assert token == 3, "each attempt takes the lease once"
