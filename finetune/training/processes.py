@@ -17,7 +17,7 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ConfigurationError, FinetuneError, TrainingError
+from finetune.errors import ConfigurationError, FinetuneError, TransientError
 from finetune.progress import Progress, ProgressEvent
 from finetune.training.models import TrainingRequest
 from finetune.training.monitor import stop_on_sigterm
@@ -54,6 +54,7 @@ def train_in_processes(
 
     Raises:
         FinetuneError: what the first worker that failed said.
+        TransientError: the workers were killed.
         torch.OutOfMemoryError: a worker's memory ran out.
     """
     with (
@@ -82,10 +83,11 @@ def train_in_processes(
     if parent.failure is not None:
         raise parent.failure
     if launcher.returncode:
-        raise TrainingError(
+        # Killed, or told to end before there was anything to save: what a training in one process would not survive.
+        raise TransientError(
             f"the {processes} processes of the training ended with status {launcher.returncode}",
             where=request.work_dir,
-            remedy="Their own words are in the log above this line",
+            remedy="Run again: it goes on from the last checkpoint; what the processes said is in the log above",
         )
 
 

@@ -6,11 +6,13 @@ import os
 import pickle
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.errors import ConfigurationError, RemoteError, TransientError
+from finetune.progress import ProgressEvent
 from finetune.publishing import read_manifest
 from finetune.training.checkpoints import newest_complete
 from finetune.training.models import TrainingRequest
@@ -59,3 +61,22 @@ def test_a_worker_s_error_reaches_its_parent_whole() -> None:
     error = pickle.loads(pickle.dumps(RemoteError("no answer", where="the database", remedy="Wait")))
     assert isinstance(error, RemoteError)
     assert str(error) == "no answer [the database]. Wait"
+
+
+def test_workers_that_are_killed_are_worth_another_try(make_request: MakeRequest) -> None:
+    request = make_request(checkpoint_seconds=0.0).model_copy(update={"processes": 2})
+
+    def kill_workers(event: ProgressEvent) -> None:
+        if event.stage == "reading records":
+            children = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+            launchers = [pid for pid in children if b"torch.distributed" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+            (launcher,) = launchers
+            workers = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+            killed.extend(int(pid) for pid in workers)
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+
+    killed: list[int] = []
+    with pytest.raises(TransientError, match="the 2 processes of the training ended with status"):
+        train_adapter(request, on_progress=kill_workers)
+    assert len(killed) == 2
