@@ -11,7 +11,7 @@ import dagster as dg
 import httpx
 from pydantic import Field
 
-from finetune.errors import ExportError, RemoteError
+from finetune.errors import ConfigurationError, ExportError, RemoteError
 from finetune.export.modelfile import MODELFILE, MODELFILE_MERGED, read_modelfile
 from finetune.export.models import OllamaExport
 from finetune.layout import DataLayout
@@ -48,6 +48,7 @@ class OllamaServer(dg.ConfigurableResource["OllamaServer"]):
             on_progress: told of what the server reports.
 
         Raises:
+            ConfigurationError: the host is no address.
             ExportError: no host is set, the server refuses the model, or it does not answer with it.
             RemoteError: the server cannot be reached or is busy.
         """
@@ -78,6 +79,7 @@ class OllamaServer(dg.ConfigurableResource["OllamaServer"]):
             The model that is served now, or None where nobody reigns or its exports are not made yet.
 
         Raises:
+            ConfigurationError: the host is no address.
             ExportError: no host is set, or the server refuses the model.
             RemoteError: the server cannot be reached or is busy.
         """
@@ -120,7 +122,12 @@ class OllamaServer(dg.ConfigurableResource["OllamaServer"]):
         import ollama
 
         host = (self.host if "://" in self.host else f"http://{self.host}").rstrip("/")
-        return ollama.Client(host=host, timeout=self.timeout, trust_env=False), host
+        try:
+            return ollama.Client(host=host, timeout=self.timeout, trust_env=False), host
+        except ValueError as error:
+            raise ConfigurationError(
+                f"not a server's address: {error}", where=f"OLLAMA_HOST={host}", remedy="Set it as http://ollama:11434"
+            ) from error
 
     @contextmanager
     def _errors(self, name: str) -> Iterator[None]:
@@ -139,6 +146,10 @@ class OllamaServer(dg.ConfigurableResource["OllamaServer"]):
         except (ConnectionError, httpx.TransportError) as error:
             raise RemoteError(
                 f"the Ollama server cannot be reached: {error}", where=where, remedy="Start it, or correct OLLAMA_HOST"
+            ) from error
+        except ValueError as error:
+            raise ExportError(
+                f"the server does not answer as Ollama does: {error}", where=where, remedy="Correct OLLAMA_HOST"
             ) from error
 
 

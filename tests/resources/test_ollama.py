@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
-from finetune.errors import ExportError, RemoteError
+from finetune.errors import ConfigurationError, ExportError, RemoteError
 from finetune.export.modelfile_grammar import Command, format_modelfile
 from finetune.export.models import OllamaExport
 from finetune.layout import DataLayout
@@ -120,6 +121,35 @@ def test_a_busy_server_is_a_passing_error(server: FakeOllama, export: OllamaExpo
 def test_an_absent_server_is_a_passing_error(server: FakeOllama, export: OllamaExport) -> None:
     with pytest.raises(RemoteError, match=r"cannot be reached.*OLLAMA_HOST"):
         OllamaServer(host="http://127.0.0.1:9").create_from(export, name=NAME)
+
+
+@pytest.mark.parametrize("host", ["http://[::1", "ollama:99999"])
+def test_what_is_no_address_is_named_with_its_setting(export: OllamaExport, host: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"not a server's address.*OLLAMA_HOST"):
+        OllamaServer(host=host).create_from(export, name=NAME)
+
+
+def test_a_server_that_is_no_ollama_is_an_error(export: OllamaExport) -> None:
+    class Portal(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"<html>Log in</html>")
+
+    with HTTPServer(("127.0.0.1", 0), Portal) as portal:
+        thread = threading.Thread(target=portal.serve_forever)
+        thread.start()
+        try:
+            with pytest.raises(ExportError, match="does not answer as Ollama does"):
+                OllamaServer(host=f"127.0.0.1:{portal.server_port}").create_from(export, name=NAME)
+        finally:
+            portal.shutdown()
+            thread.join()
 
 
 def test_without_a_host_nothing_can_be_created(export: OllamaExport) -> None:
