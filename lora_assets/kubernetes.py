@@ -7,6 +7,6 @@ from typing import Any
 _CONFIG = "dagster-k8s/config"
 
 
-def gpu_step() -> Mapping[str, Any]:
-    """Tags of a step that computes on one NVIDIA GPU."""
-    return {_CONFIG: {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}}}
+def gpu_step(gpus: int = 1) -> Mapping[str, Any]:
+    """Tags of a step that computes on NVIDIA GPUs."""
+    return {_CONFIG: {"container_config": {"resources": {"limits": {"nvidia.com/gpu": str(gpus)}}}}}

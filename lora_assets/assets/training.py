@@ -126,7 +126,7 @@ def training_plan(
     retry_policy=dg.RetryPolicy(max_retries=2, delay=10),
     # Waiting for another machine's GPU takes none here.
     pool="gpu" if TRAINS_HERE else None,
-    op_tags=gpu_step() if TRAINS_HERE else None,
+    op_tags=gpu_step(SETTINGS.train_processes or 1) if TRAINS_HERE else None,
     description="The LoRA adapter with its model card, loss curve and training log; trained here with PEFT or "
     "delegated to H2O LLM Studio, by TRAINING_BACKEND.",
 )

@@ -157,6 +157,16 @@ print(json.dumps({name.removeprefix("brain__"): [dict(op.tags), op.pool] for nam
     assert all(json.loads(steps[name][0]["dagster-k8s/config"]) == GPU for name in gpu_steps)
 
 
+def test_a_training_in_several_processes_asks_for_a_gpu_each() -> None:
+    code = """
+from lora_assets.assets.training import adapter
+print(adapter.op.tags["dagster-k8s/config"])
+"""
+    environment = {"PATH": "/usr/bin", "TRAIN_PROCESSES": "4"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert json.loads(out.stdout)["container_config"]["resources"]["limits"] == {"nvidia.com/gpu": "4"}
+
+
 def test_the_remote_servers_names_waits_and_limits_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRAINING_BACKEND", "h2o")
     monkeypatch.setenv("H2O_API_URL", "https://h2o-llm.internal")
