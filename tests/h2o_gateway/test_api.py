@@ -2,17 +2,22 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import hmac
 import io
 import socket
 import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from fastapi.testclient import TestClient
 
 from finetune.base_model.models import BaseModelRef
+from h2o_gateway.app import create_app
+from h2o_gateway.settings import Settings
 from tests.h2o_gateway.process import KEY, RECORDS, GatewayProcess, is_alive, until
 
 
@@ -156,6 +161,25 @@ def test_without_the_key_every_call_is_401_before_its_body_is_read(gateway: Gate
             answer = http.request(method, path, content=b"{" if method == "POST" else None)
             assert (answer.status_code, answer.json()) == (401, {"detail": "unknown key"})
         assert http.get("/health").json()["status"] == "ok"
+
+
+def test_keys_are_compared_by_digests_of_one_length_and_in_constant_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[tuple[bytes, bytes]] = []
+    compare = hmac.compare_digest
+
+    def note(given: bytes, own: bytes) -> bool:
+        compared.append((given, own))
+        return compare(given, own)
+
+    monkeypatch.setattr(hmac, "compare_digest", note)
+    with TestClient(create_app(Settings(data_dir=tmp_path), KEY)) as client:
+        for key, status in [("", 401), ("x" * 1000, 401), (KEY, 200)]:
+            answer = client.get("/api/experiments", headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == status
+    digests = [hashlib.sha256(f"Bearer {key}".encode()).digest() for key in ("", "x" * 1000, KEY)]
+    assert [pair for pair in compared if pair[1] == digests[2]] == [(digest, digests[2]) for digest in digests]
 
 
 def test_an_experiment_is_trained_and_its_adapter_downloaded_whole_and_by_range(gateway: GatewayProcess) -> None:

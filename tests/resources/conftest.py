@@ -1,3 +1,4 @@
+import functools
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -5,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from finetune.training.models import TrainingRequest
+from finetune.training.models import LossPoint, TrainingRequest
+from finetune.training.plots import loss_curve_png
+from resources.h2o import adapter
 from resources.postgres import EmbeddedPostgres
 from tests.resources.h2o_server import H2OServer
 from tests.resources.h2o_training import request_in
@@ -62,6 +65,21 @@ def server() -> Iterator[H2OServer]:
     server = H2OServer()
     yield server
     server.close()
+
+
+@pytest.fixture(autouse=True)
+def each_curve_is_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than anything else that the client does, and its tests have few different curves."""
+    monkeypatch.setattr(adapter, "loss_curve_png", _drawn)
+
+
+def _drawn(points: list[LossPoint]) -> bytes:
+    return _drawn_once(tuple(point.model_dump_json() for point in points))
+
+
+@functools.cache
+def _drawn_once(points: tuple[str, ...]) -> bytes:
+    return loss_curve_png([LossPoint.model_validate_json(point) for point in points])
 
 
 @pytest.fixture
