@@ -132,10 +132,11 @@ def total_steps(records: int, trial: TrialConfig) -> int:
 def training_order(lengths: Ints, trial: TrialConfig) -> Ints:
     """The indices of all records that a training sees, micro-batch after micro-batch.
 
-    Every epoch is a new permutation in which a micro-batch holds records of similar length, so that
-    little is padded (the order of the micro-batches is random). What does not fill a micro-batch goes
-    over to the next epoch. The order depends on nothing but the arguments: whoever resumes at a step
-    knows what was trained before it, and which records a step saw.
+    Every epoch is a new permutation. Without packing a micro-batch holds records of similar length, so that
+    little is padded, and the order of the micro-batches is random; packed records need no padding and stay
+    in random order. What does not fill a micro-batch goes over to the next epoch. The order depends on
+    nothing but the arguments: whoever resumes at a step knows what was trained before it, and which records
+    a step saw.
     """
     count, size = len(lengths), trial.micro_batch
     if trial.max_steps is not None:
@@ -148,7 +149,7 @@ def training_order(lengths: Ints, trial: TrialConfig) -> Ints:
         generator = np.random.default_rng([trial.seed, epoch])
         pool = np.concatenate([rest, generator.permutation(count)])
         full = len(pool) // size * size
-        parts.append(_by_length(pool[:full], lengths, size, generator))
+        parts.append(pool[:full] if trial.packing else _by_length(pool[:full], lengths, size, generator))
         rest = pool[full:]
     return np.concatenate([*parts, rest])[:wanted]
 

@@ -39,6 +39,14 @@ def test_grouping_by_length_leaves_little_padding() -> None:
     assert padding(training_order(LENGTHS, trial_of())) < 0.05
 
 
+def test_packed_records_stay_in_random_order() -> None:
+    """Nothing of theirs is padded, and batches of one length would teach less evenly."""
+    packed = LENGTHS[training_order(LENGTHS, trial_of(epochs=1, packing=True))[:200]].reshape(-1, 4)
+    grouped = LENGTHS[training_order(LENGTHS, trial_of(epochs=1))[:200]].reshape(-1, 4)
+    assert packed.std(axis=1).mean() > 0.7 * LENGTHS.std()
+    assert grouped.std(axis=1).mean() < 0.1 * LENGTHS.std()
+
+
 def test_long_and_short_batches_are_mixed() -> None:
     batches = LENGTHS[training_order(LENGTHS, trial_of(epochs=1))[:200]].reshape(-1, 4).mean(axis=1)
     assert abs(np.corrcoef(batches, np.arange(50))[0, 1]) < 0.4
