@@ -8,8 +8,8 @@ A candidate becomes champion if
 3. and it beats the reigning champion in the same way, on the same held-out records.
 
 What cannot be compared is not promoted: an adapter on another base model than the champion's (their
-losses per token mean different things), or a report made against an earlier champion. Both stay
-challengers, and a person may promote them.
+losses per token mean different things), a report made against an earlier champion, or one over a handful of
+records. They stay challengers, and a person may promote them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from finetune.errors import ArtifactError
 from finetune.evaluation.models import ChampionRef, EvalReport
 from finetune.registry.models import Decision, RegisteredVersion
 from finetune.registry.promotion import champion
+
+# Of fewer records, even a gain on every one of them may be chance (two-sided sign test: 2 * 2^-5 = 0.06), and the
+# bootstrap's interval over a single one has no width at all.
+LEAST_RECORDS = 6
 
 
 def champion_ref(registry: Path) -> ChampionRef | None:
@@ -63,12 +67,8 @@ def decide(
     if reigning is not None and reigning.adapter_hash == adapter_hash:
         return decision(True, f"it is the reigning champion {against} itself")
     on_base = _comparison("the base model", report.base_loss, report.eval_loss, report.delta_ci95)
-    if not _is_gain(report.delta_ci95, min_gain):
-        return decision(False, f"not shown to be better{_by(min_gain)} than {on_base}")
-    if report.failed_regressions:
-        failed = ", ".join(f"{case.id} ({case.why})" for case in report.failed_regressions[:3])
-        count = f"{len(report.failed_regressions)} of {report.regressions}"
-        return decision(False, f"better than {on_base}; but it fails {count} regression prompts, such as {failed}")
+    if fault := _fault(report, on_base, min_gain):
+        return decision(False, fault)
     if reigning is None:
         return decision(True, f"the first champion: better than {on_base}")
     if reigning.base_fingerprint != report.base_fingerprint:
@@ -88,6 +88,19 @@ def decide(
     if not _is_gain(rival.delta_ci95, min_gain):
         return decision(False, f"not shown to be better{_by(min_gain)} than {on_champion}")
     return decision(True, f"better than {on_champion}")
+
+
+def _fault(report: EvalReport, on_base: str, min_gain: float) -> str | None:
+    """Why the adapter would not reign even if nobody did, or None."""
+    if report.records < LEAST_RECORDS:
+        return f"only {report.records} held-out records: it takes {LEAST_RECORDS} to show a difference"
+    if not _is_gain(report.delta_ci95, min_gain):
+        return f"not shown to be better{_by(min_gain)} than {on_base}"
+    if report.failed_regressions:
+        failed = ", ".join(f"{case.id} ({case.why})" for case in report.failed_regressions[:3])
+        count = f"{len(report.failed_regressions)} of {report.regressions}"
+        return f"better than {on_base}; but it fails {count} regression prompts, such as {failed}"
+    return None
 
 
 def _is_gain(interval: tuple[float, float], min_gain: float) -> bool:

@@ -109,6 +109,13 @@ def test_a_report_made_against_an_earlier_champion_does_not_count(comparison: Ch
     assert "evaluate it again" in decision.reason
 
 
+@pytest.mark.parametrize(("records", "reigns"), [(1, False), (5, False), (6, True)])
+def test_a_handful_of_records_makes_no_champion(records: int, reigns: bool) -> None:
+    decision = decide(report(records=records), None, adapter_hash="candidate")
+    assert decision.champion is reigns
+    assert reigns or f"only {records} held-out records" in decision.reason
+
+
 def test_a_report_of_another_adapter_is_an_error() -> None:
     with pytest.raises(ArtifactError, match="not of other"):
         decide(report(), None, adapter_hash="other")
