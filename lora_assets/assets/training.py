@@ -121,7 +121,7 @@ def training_plan(
     **COMMON,
     ins=made_from("merged_dataset", "training_plan"),
     group_name="training",
-    kinds={"pytorch", "huggingface"},
+    kinds={"pytorch", "huggingface"} if TRAINS_HERE else {"h2o"},
     code_version="1",
     retry_policy=dg.RetryPolicy(max_retries=2, delay=10),
     # Waiting for another machine's GPU takes none here.
@@ -140,8 +140,6 @@ def adapter(
     run_log: RunLog,
 ) -> dg.MaterializeResult[TrainingResult]:
     """Train, or take the adapter that this very training made before."""
-    from finetune.training.plots import loss_curve_png
-
     report = log_progress(context)
     with no_retry_if_permanent():
         # A repository's commit tells its weights, which are needed where they are trained.
@@ -189,7 +187,7 @@ def adapter(
             "base_model": base.name,
             "base_model_fingerprint": base.fingerprint,
             "published": published_files(request.adapter_dir),
-            "loss_curve": picture(loss_curve_png(result.loss_curve)),
+            "loss_curve": picture((request.adapter_dir / "loss_curve.png").read_bytes()),
             "reused": result.reused,
         },
     )

@@ -132,15 +132,19 @@ GPU = {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}}
 
 
 @pytest.mark.parametrize(
-    ("backend", "gpu_steps"),
-    [("hf-peft", {"adapter", "eval_report"}), ("h2o", {"eval_report"})],
+    ("backend", "gpu_steps", "kinds"),
+    [("hf-peft", {"adapter", "eval_report"}, ["huggingface", "pytorch"]), ("h2o", {"eval_report"}, ["h2o"])],
 )
-def test_a_gpu_is_asked_for_by_the_steps_that_compute_on_one(backend: str, gpu_steps: set[str]) -> None:
+def test_a_gpu_is_asked_for_by_the_steps_that_compute_on_one(
+    backend: str, gpu_steps: set[str], kinds: list[str]
+) -> None:
     code = """
 import json
+from lora_assets.assets.training import adapter
 from lora_assets.definitions import defs
 steps = {node.name: node.definition for node in defs.resolve_job_def("train_and_export").graph.nodes}
 print(json.dumps({name.removeprefix("brain__"): [dict(op.tags), op.pool] for name, op in steps.items()}))
+print(json.dumps(sorted(next(iter(adapter.specs)).kinds)))
 """
     out = subprocess.run(
         [sys.executable, "-c", code],
@@ -149,7 +153,8 @@ print(json.dumps({name.removeprefix("brain__"): [dict(op.tags), op.pool] for nam
         check=True,
         env={"PATH": "/usr/bin", "TRAINING_BACKEND": backend, "H2O_API_URL": "http://127.0.0.1:1"},
     )
-    steps = json.loads(out.stdout)
+    steps, shown = map(json.loads, out.stdout.splitlines())
+    assert shown == kinds
     assert {"merged_dataset", "adapter", "eval_report", "merged_model", "gguf"} <= set(steps)
     asking = {name for name, (tags, _) in steps.items() if "nvidia.com/gpu" in str(tags)}
     assert asking == gpu_steps
