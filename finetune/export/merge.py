@@ -180,13 +180,22 @@ def _copy_companions(base: Path, adapter: Path, output: Path) -> None:
 
 
 def _vocabulary(model: Path) -> int:
-    """How many tokens the directory's ``tokenizer.json`` knows; 0 without one."""
+    """How many tokens the directory's ``tokenizer.json`` knows; 0 without one.
+
+    Raises:
+        ArtifactError: it is no tokenizer.
+    """
     path = model / "tokenizer.json"
     if not path.is_file():
         return 0
     from tokenizers import Tokenizer
 
-    return int(Tokenizer.from_file(str(path)).get_vocab_size())
+    try:
+        return int(Tokenizer.from_file(str(path)).get_vocab_size())
+    except Exception as error:  # all that tokenizers raises
+        raise ArtifactError(
+            f"unreadable tokenizer: {error}", where=path, remedy="Restore the file, or download the model again"
+        ) from error
 
 
 def _count_parameters(model: Path) -> int:

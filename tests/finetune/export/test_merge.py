@@ -463,6 +463,16 @@ def test_an_incomplete_adapter_is_refused(base: BaseModelRef, adapter: Path, tmp
         merge_adapter(base_model=base, adapter_path=tmp_path, output_dir=tmp_path / "m", run_id="r")
 
 
+def test_a_damaged_tokenizer_is_named(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "base"
+    shutil.copytree(base.path, damaged)
+    (damaged / "tokenizer.json").write_text("{}")
+    other = base.model_copy(update={"path": damaged})
+    with pytest.raises(ArtifactError, match=r"unreadable tokenizer.*tokenizer\.json"):
+        merge_adapter(base_model=other, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    assert not (tmp_path / "m").exists()
+
+
 def without_a_layer(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in tensors.items() if ".layers.1." not in name}
 
