@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dagster as dg
@@ -67,3 +68,31 @@ def test_a_step_that_is_told_to_end_saves_a_checkpoint_and_its_retry_goes_on_und
     assert told[0] <= result.resumed_from_step < result.training_steps
     assert (row.status, row.attempts) == ("COMPLETED", 2)
     assert token == 3, "each attempt takes the lease once"
+
+
+def test_two_runs_that_were_started_for_the_same_training_train_once(tmp_path: Path, tiny_model: BaseModelRef) -> None:
+    request = request_for(tmp_path, tiny_model)
+    results: list[TrainingResult] = []
+    said: list[str] = []
+
+    with tempfile.TemporaryDirectory(prefix="la-", dir="/tmp") as short:
+        run_log = RunLog(data_dir=short)
+        run_log.recent()
+
+        @dg.asset(partitions_def=dg.StaticPartitionsDefinition(["d"]))
+        def adapter(context: dg.AssetExecutionContext) -> None:
+            results.append(_train(context, PeftTrainer(), run_log, request, lambda event: said.append(event.stage)))
+
+        def run() -> None:
+            with dg.DagsterInstance.ephemeral() as instance:
+                dg.materialize([adapter], partition_key="d", instance=instance)
+
+        with ThreadPoolExecutor(2) as pool:
+            for future in [pool.submit(run), pool.submit(run)]:
+                future.result()
+        rows = run_log.recent()
+        run_log.close()
+    assert [stage for stage in said if stage.startswith("waiting for process")], "otherwise they did not meet"
+    assert sorted(result.reused for result in results) == [False, True]
+    assert said.count("loading the base model") == 1
+    assert [row.status for row in rows] == ["COMPLETED"]
