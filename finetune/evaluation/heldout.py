@@ -56,7 +56,10 @@ def read_heldout(dataset: Path, encoder: RecordEncoder, *, max_length: int) -> H
                 numbers.append(number)
     except OSError as error:
         raise DatasetError(f"the held-out records cannot be read: {error}", where=dataset, remedy=_REMEDY) from error
-    encoded = encoder.encode(records)
+    try:
+        encoded = encoder.encode(records)
+    except DatasetError as error:
+        raise DatasetError(error.what, where=dataset, remedy=error.remedy) from error
     truncated = sum(len(record.input_ids) > max_length for record in encoded)
     encoded = [cut(record, max_length) for record in encoded]
     scored = [index for index, record in enumerate(encoded) if target_count(record)]

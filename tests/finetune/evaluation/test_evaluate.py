@@ -345,6 +345,7 @@ def test_a_damaged_base_model_is_named(
         ("", "nothing to evaluate"),
         ('{"instruction": "q", "output": "a"}\n\n{"instruction"', "line 3 is not JSON"),
         ("[1]\n", "line 1 is not an object"),
+        ('{"foo": 1}\n', r"record 1: not a training record.*eval\.jsonl"),
     ],
 )
 def test_held_out_records_that_cannot_be_scored_are_named(
