@@ -155,10 +155,12 @@ def test_a_training_that_a_restarted_machine_has_interrupted_begins_anew(launch:
 def test_two_devices_train_two_experiments_at_once(launch: Launch) -> None:
     gateway = launch(GPUS="3,5")
     first, second, third = (gateway.create("wait").json()["id"] for _ in range(3))
-    assert [gateway.started(one)["device"] for one in (first, second)] == ["3", "5"]
+    # The first may come when the gateway has just looked at one device and not yet at the other.
+    devices = [gateway.started(one)["device"] for one in (first, second)]
+    assert sorted(devices) == ["3", "5"]
     assert gateway.experiment(third)["status"] == "queued"
     (gateway.output(second) / "go").touch()
-    assert gateway.started(third)["device"] == "5"
+    assert gateway.started(third)["device"] == devices[1]
 
 
 def test_a_second_gateway_on_the_same_data_is_refused(launch: Launch, tiny_model: BaseModelRef) -> None:
