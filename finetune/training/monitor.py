@@ -250,9 +250,12 @@ def callback(monitor: Monitor) -> Any:
                 monitor.on_loss(state.global_step, logs["loss"], logs["learning_rate"], logs.get("grad_norm"))
                 # Only the newest checkpoints are kept: one that may be bad would push out a good one.
                 save &= not monitor.doubtful
-            save, monitor.stop.requested = agree(save, monitor.stop.requested)
-            control.should_save = save or (monitor.stop.requested and state.global_step < monitor.total_steps)
-            control.should_training_stop |= monitor.stop.requested
+            save, stopping = agree(save, monitor.stop.requested)
+            if stopping:
+                # (Never set to False: a request that comes while the processes agree is for the next step.)
+                monitor.stop.requested = True
+            control.should_save = save or (stopping and state.global_step < monitor.total_steps)
+            control.should_training_stop |= stopping
 
         def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
             # Each process writes its own random state.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.errors import TrainingError
 from finetune.progress import ignore_progress
 from finetune.training.models import LossPoint, TrainingRequest
-from finetune.training.monitor import Monitor, StopRequest
+from finetune.training.monitor import Monitor, StopRequest, callback, stop_on_sigterm
 from finetune.training.ownership import always_mine
 from finetune.training.sft import train_adapter
 
@@ -45,6 +48,27 @@ def monitor_of(tmp_path: Path, losses: list[float], *, steps: int) -> Monitor:
         seconds_before=0,
         points=[LossPoint(step=step, loss=loss, learning_rate=1e-3) for step, loss in enumerate(losses, start=1)],
     )
+
+
+def test_a_request_to_end_that_comes_while_processes_agree_is_kept_for_the_next_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    def agree_while_asked_to_end(*flags: bool) -> tuple[bool, ...]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return flags
+
+    monkeypatch.setattr("finetune.training.monitor.agree", agree_while_asked_to_end)
+    with stop_on_sigterm() as stop:
+        told = callback(dataclasses.replace(monitor_of(tmp_path, [], steps=9), stop=stop))
+        arguments, ends = TrainingArguments(output_dir=str(tmp_path)), []
+        for step in (1, 2):
+            control = TrainerControl()
+            told.on_log(arguments, TrainerState(global_step=step), control, {"loss": 3.0, "learning_rate": 1e-3})
+            ends.append((control.should_save, control.should_training_stop))
+
+    assert ends == [(False, False), (True, True)]
 
 
 def test_a_loss_that_is_no_number_names_step_records_and_checkpoint(make_request: MakeRequest) -> None:
