@@ -139,6 +139,15 @@ def read_manifest(
     return manifest
 
 
+def find_published(directory: Path, *, kind: str, inputs: Mapping[str, Any]) -> Manifest | None:
+    """The manifest of a whole artifact that was made from these inputs; None where there is none to use again."""
+    try:
+        manifest = read_manifest(directory, kind=kind)
+    except ArtifactError:
+        return None
+    return manifest if manifest.inputs == inputs else None
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -206,8 +215,9 @@ def _refuse_foreign(target: Path, kind: str) -> None:
     raise ArtifactError(what, where=target, remedy="Choose another directory, or delete this one")
 
 
-def _remove_abandoned(target: Path) -> None:
-    for left in target.parent.glob(f".{glob.escape(target.name)}{TEMPORARY_MARK}*"):
+def remove_abandoned(directory: Path, name: str) -> None:
+    """Remove what killed writers left in `directory` beside targets whose names fit a pattern, a day later."""
+    for left in directory.glob(f".{name}{TEMPORARY_MARK}*"):
         with suppress(OSError):
             newest = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
             if left.is_dir() and time.time() - newest > _ABANDONED_SECONDS:
@@ -231,7 +241,7 @@ def publish_directory(target: Path, *, kind: str, replace: bool = True) -> Itera
     if replace:
         _refuse_foreign(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(target)
+    remove_abandoned(target.parent, glob.escape(target.name))
     staging = Staging(temporary_sibling(target))
     with full_disk_named(target):
         try:

@@ -18,7 +18,7 @@ from finetune.export.runtime import GgufRuntime
 from finetune.export.tensor_types import FULL_PRECISIONS, check_quantization
 from finetune.export.verify import LIMITS, FileComparison, Reference, check_tokenization, compare
 from finetune.progress import Progress, ProgressEvent, ignore_progress
-from finetune.publishing import is_complete, publish_directory, read_manifest, sha256_file, sha256_json
+from finetune.publishing import find_published, publish_directory, read_manifest, sha256_file, sha256_json
 
 if TYPE_CHECKING:
     from finetune.base_model.models import BaseModelRef
@@ -220,12 +220,10 @@ def _content(outputs: Any) -> str:
 
 
 def _find_complete(output_dir: Path, base_dir: Path, inputs: dict[str, Any]) -> GgufExport | None:
-    if not is_complete(output_dir):
+    manifest = find_published(output_dir, kind=KIND, inputs=inputs)
+    if manifest is None:
         return None
     try:
-        manifest = read_manifest(output_dir, kind=KIND)
-        if manifest.inputs != inputs:
-            return None
         read_manifest(base_dir, kind=BASE_KIND)
     except ArtifactError:
         return None

@@ -18,7 +18,7 @@ from finetune.export.peft_merge import merge_through_peft, refuse_unmergeable
 from finetune.export.quantized_base import measure_quantization_cost, trained_on_quantized_base
 from finetune.export.streaming import can_stream, merge_streaming, read_safetensors_header, shard_paths
 from finetune.progress import Progress, ProgressEvent, ignore_progress
-from finetune.publishing import is_complete, publish_directory, read_manifest
+from finetune.publishing import find_published, publish_directory
 
 if TYPE_CHECKING:
     from finetune.base_model.models import BaseModelRef
@@ -139,13 +139,8 @@ def merge_adapter(
 
 
 def _find_complete(output_dir: Path, inputs: dict[str, Any], *, validated: bool) -> MergedModel | None:
-    if not is_complete(output_dir):
-        return None
-    try:
-        manifest = read_manifest(output_dir, kind=KIND)
-    except ArtifactError:
-        return None
-    if manifest.inputs != inputs:
+    manifest = find_published(output_dir, kind=KIND, inputs=inputs)
+    if manifest is None:
         return None
     found = MergedModel(path=output_dir, reused=True, **manifest.results)
     return found if found.max_logit_difference is not None or not validated else None

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finetune.adapter_files import adapter_hash
-from finetune.errors import ArtifactError
 from finetune.export.converter import Conversions, ModelConversion, Precision
 from finetune.export.gguf import gguf_metadata
 from finetune.export.merge import merge_adapter
@@ -19,7 +18,7 @@ from finetune.export.runtime import GgufRuntime
 from finetune.export.tensor_types import FULL_PRECISIONS, check_quantization
 from finetune.export.verify import LIMITS, FileComparison, Reference, check_tokenization, compare
 from finetune.progress import Progress, ProgressEvent, ignore_progress
-from finetune.publishing import is_complete, publish_directory, read_manifest, sha256_file
+from finetune.publishing import find_published, publish_directory, sha256_file
 
 if TYPE_CHECKING:
     from finetune.base_model.models import BaseModelRef
@@ -125,14 +124,11 @@ def _verify(file: Path, reference: Reference, quantization: str) -> FileComparis
 
 
 def _find_complete(output_dir: Path, inputs: Mapping[str, object], *, validated: bool) -> MergedGguf | None:
-    if not is_complete(output_dir):
-        return None
-    try:
-        manifest = read_manifest(output_dir, kind=KIND)
-    except ArtifactError:
+    manifest = find_published(output_dir, kind=KIND, inputs=inputs)
+    if manifest is None:
         return None
     found = MergedGguf(path=output_dir, reused=True, **manifest.results)
-    if manifest.inputs != inputs or (validated and found.tokenization_equal is None):
+    if validated and found.tokenization_equal is None:
         return None
     # The directory may have moved since.
     here = found.file.model_copy(update={"path": output_dir / found.file.path.name})

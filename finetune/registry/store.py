@@ -23,12 +23,12 @@ from finetune.adapter_files import read_adapter_config
 from finetune.errors import ArtifactError, full_disk_named
 from finetune.publishing import (
     MANIFEST_NAME,
-    TEMPORARY_MARK,
     FileEntry,
     canonical_json,
     is_complete,
     publish_directory,
     read_manifest,
+    remove_abandoned,
     sha256_file,
     write_json_atomically,
 )
@@ -42,8 +42,6 @@ _SCHEMA_VERSION = 1
 _COLLECTED = "collected.json"
 # What stays of a version whose weights were removed.
 _KEPT = (_COLLECTED, EXPERIMENT_MANIFEST, MANIFEST_NAME)
-# A registration takes minutes at most, even of large adapters onto a slow volume.
-_ABANDONED_SECONDS = 24 * 3600
 _RESTORE = "Restore the version from a backup, or roll back to another one"
 _VERSION_NAME = re.compile(r"v[1-9][0-9]*")
 
@@ -190,9 +188,7 @@ def collect_garbage(registry: Path, *, keep: int, by: str) -> list[str]:
         The versions whose weights were removed.
     """
     garbage = find_garbage(registry, keep=keep)
-    for leftover in registry.glob(f".v*{TEMPORARY_MARK}*"):
-        if datetime.now(UTC).timestamp() - leftover.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
+    remove_abandoned(registry, "v*")
     for version in garbage:
         write_json_atomically(version.stored_path / _COLLECTED, {"at": datetime.now(UTC).isoformat(), "by": by})
     # The mark comes first: whoever is killed in between is finished by the next collection.
