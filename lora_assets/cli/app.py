@@ -9,7 +9,7 @@ import warnings
 import typer
 from dagster_shared.utils.warnings import PreviewWarning
 
-from lora_assets.cli import deletions, demo, plan, push, registry, run, samples, serve, show, tools
+from lora_assets.cli import deletions, demo, experiment, plan, push, registry, run, samples, serve, show, tools
 
 app = typer.Typer(
     name="lora-assets",
@@ -25,6 +25,7 @@ app.command(epilog="Example: lora-assets runs --limit 5 --json")(show.runs)
 tools.dataset_app.command(epilog="Example: lora-assets dataset deletions --list deletions.txt")(deletions.deletions)
 app.add_typer(tools.dataset_app, name="dataset")
 app.add_typer(registry.app, name="registry")
+app.add_typer(experiment.app, name="experiment")
 app.command("export-samples", epilog="Example: lora-assets export-samples --since 2026-06-01 --until 2026-06-02")(
     samples.export_samples
 )
