@@ -11,8 +11,8 @@ from finetune.errors import ConfigurationError
 from lora_assets.assets import dataset, evaluation, export, training
 from lora_assets.checks import ALL_CHECKS, GGUF_CHECK
 from lora_assets.jobs import train_and_export
+from lora_assets.logs import console
 from lora_assets.partitions import dataset_dates
-from lora_assets.runner import console
 from lora_assets.settings import Settings, load_settings, on_kubernetes
 from resources.artifact_store import ArtifactStore, ValueStore
 from resources.base_model import BaseModelSource

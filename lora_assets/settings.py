@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ from finetune.dataset.parameters import PLAIN, PrepareParameters
 from finetune.dataset.screening import SensitiveMode
 from finetune.errors import ConfigurationError
 from finetune.layout import DataLayout
+from finetune.logs import LogFormat
 from finetune.planning.models import Task, TrainableMethod
 from finetune.publishing import sha256_json
 from finetune.training.reporting import Tracker
@@ -195,6 +197,26 @@ class Settings(BaseSettings):
         "newest", description="Which dates train again when older data changed: the newest affected, or all."
     )
 
+    alert_webhook_url: SecretStr | None = Field(
+        None, description='Webhook that takes {"text": ...}, such as Slack\'s, for alerts; unset: none are sent.'
+    )
+    alert_interval_seconds: float = Field(3600, gt=0, description="The same trouble is told once in this time.")
+    alert_limit: int = Field(20, ge=1, description="The most alerts in that time, whatever they tell.")
+    dagster_ui_url: str | None = Field(
+        None, pattern=r"^https?://[^@\s]+$", description="Address of the Dagster UI, for links in alerts."
+    )
+    log_format: LogFormat = Field("text", description="Log lines as text, or as json: one object a line.")
+    metrics_textfile_dir: Path | None = Field(
+        None, description="Directory of node_exporter's textfile collector, for the metrics of runs; unset: none."
+    )
+    metrics_pushgateway_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^@\s]+$",
+        description="Prometheus Pushgateway, for the metrics of runs; unset: none.",
+    )
+    gc_days: float = Field(14, ge=1, description="What nothing refers to is removed by `gc` after so many days.")
+    gc_keep: int = Field(5, ge=1, description="Versions, by number and by reign, whose exports `gc` leaves alone.")
+
     @field_validator("export_targets")
     @classmethod
     def _known_targets(cls, value: str) -> str:
@@ -234,7 +256,22 @@ class Settings(BaseSettings):
             raise ValueError("not the URL of a PostgreSQL server: postgresql://user:password@host:5432/database")
         return value
 
-    @field_validator("data_root", "exports_dir", "deletion_list", "h2o_ca_file", "regressions_dir", "eval_tasks_dir")
+    @field_validator("alert_webhook_url")
+    @classmethod
+    def _http(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not re.fullmatch(r"https?://[^\s/]+\S*", value.get_secret_value()):
+            raise ValueError("not the address of a webhook: https://host/path")
+        return value
+
+    @field_validator(
+        "data_root",
+        "exports_dir",
+        "deletion_list",
+        "h2o_ca_file",
+        "regressions_dir",
+        "eval_tasks_dir",
+        "metrics_textfile_dir",
+    )
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         # Paths end in manifests and reach processes that run elsewhere.
@@ -294,6 +331,12 @@ class Settings(BaseSettings):
         """The server of the loop's samples, if one is named."""
         url = self.samples_database_url or self.database_url
         return url.get_secret_value() if url else None
+
+    @property
+    def secrets(self) -> list[str]:
+        """The values that must never be shown."""
+        values = (getattr(self, name) for name in type(self).model_fields)
+        return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
 
     @property
     def device(self) -> Literal["cpu", "cuda"]:

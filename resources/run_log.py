@@ -27,6 +27,7 @@ from finetune.layout import DataLayout
 from finetune.planning.history import Measurement
 from finetune.progress import Progress, ignore_progress
 from resources.lease import LEASE_SECONDS, Execute, Lease, hold_lease
+from resources.orphans import ABANDONED_SECONDS, close_of_runs, close_unleased
 from resources.postgres import EmbeddedPostgres
 from resources.trainer import BACKEND_LABELS, Backend
 
@@ -381,28 +382,59 @@ class RunLog(dg.ConfigurableResource):  # type: ignore[type-arg]  # generic in t
                 somebody may.
 
         Returns:
-            The rows that were closed, as they were before.
+            The rows that were closed.
+        """
+        return self._rows(close_of_runs(self._transaction, is_over))
+
+    def close_abandoned(self, seconds: float = ABANDONED_SECONDS) -> list[TrainingRun]:
+        """Mark FAILED the RUNNING rows whose training's lease nobody has renewed for a while: its process is dead.
+
+        That needs no word of Dagster's, which may have been killed along, or know nothing of the run: a row
+        is RUNNING only while the process that wrote it holds the lease. Whoever tries the training again
+        within the same run takes the row up again.
+
+        Args:
+            seconds: how long a lease must have been over, by the database's clock.
+
+        Returns:
+            The rows that were closed.
+        """
+        return self._rows(close_unleased(self._transaction, seconds))
+
+    def live_trainings(self) -> set[str]:
+        """The training ids that somebody works on: those of RUNNING rows and of leases that hold.
+
+        Raises:
+            RemoteError: the database cannot be reached.
+            ConfigurationError: its tables cannot be made or used.
         """
         with self._transaction() as execute:
-            running = execute(
-                f"{_SELECT} WHERE run.status = 'RUNNING' AND detail.dagster_run_id IS NOT NULL ORDER BY run.id", {}
+            rows = execute(
+                "SELECT training_run_id FROM lora_training_leases WHERE expires_at > clock_timestamp() "
+                "UNION SELECT detail.training_run_id FROM lora_training_run_details AS detail "
+                "JOIN lora_training_runs AS run USING (id) WHERE run.status = 'RUNNING'",
+                {},
             )
-        closed: list[TrainingRun] = []
-        for row in running:
-            reason = is_over(row["dagster_run_id"])
-            if reason is None:
-                continue
-            with self._transaction() as execute:
-                # A retry may have taken the row over since it was read.
-                updated = execute(
-                    "UPDATE lora_training_runs AS run SET status = 'FAILED', error_message = :reason, "
-                    "finished_at = NOW() FROM lora_training_run_details AS detail WHERE run.id = :id "
-                    "AND detail.id = run.id AND run.status = 'RUNNING' AND detail.dagster_run_id = :dagster_run_id "
-                    "RETURNING run.id",
-                    {"id": row["id"], "reason": _text(reason), "dagster_run_id": row["dagster_run_id"]},
-                )
-            closed += [TrainingRun.model_validate(row) for _ in updated]
-        return closed
+        return {str(row["training_run_id"]) for row in rows}
+
+    def totals(self) -> list[dict[str, Any]]:
+        """Of each backend and status: ``runs``, ``gpu_hours``, ``tokens`` and ``seconds`` of all its rows together."""
+        with self._transaction() as execute:
+            return execute(
+                "SELECT backend, status, count(*) AS runs, "
+                "COALESCE(sum(CAST(metrics ->> 'gpu_hours' AS double precision)), 0) AS gpu_hours, "
+                "COALESCE(sum(CAST(metrics ->> 'tokens_seen' AS double precision)), 0) AS tokens, "
+                "CAST(COALESCE(sum(EXTRACT(EPOCH FROM finished_at - started_at)), 0) AS double precision) AS seconds "
+                "FROM lora_training_runs GROUP BY backend, status ORDER BY backend, status",
+                {},
+            )
+
+    def _rows(self, ids: list[int]) -> list[TrainingRun]:
+        if not ids:
+            return []
+        with self._transaction() as execute:
+            rows = execute(f"{_SELECT} WHERE run.id = ANY(:ids) ORDER BY run.id", {"ids": ids})
+        return [TrainingRun.model_validate(row) for row in rows]
 
     @contextmanager
     def _transaction(self) -> Iterator[Execute]:

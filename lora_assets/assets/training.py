@@ -32,7 +32,7 @@ from lora_assets.assets.common import (
     table,
 )
 from lora_assets.kubernetes import gpu_step
-from lora_assets.runner import TAGS
+from lora_assets.logs import TAGS
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog

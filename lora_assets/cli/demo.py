@@ -19,7 +19,7 @@ from finetune.publishing import temporary_sibling
 from lora_assets.cli.console import Json, err, out, plain_errors, print_json, print_table
 
 if TYPE_CHECKING:
-    from lora_assets.runner import DateOutcome
+    from lora_assets.outcome import DateOutcome
     from lora_assets.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "exports"

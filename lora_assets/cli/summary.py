@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lora_assets.cli.console import err, out, print_table
-from lora_assets.runner import DateOutcome, StepOutcome
+from lora_assets.outcome import DateOutcome, StepOutcome
 
 # The figures of each asset's metadata that the table shows.
 FIGURES = {

@@ -21,7 +21,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.layout import DataLayout
 from finetune.publishing import read_manifest
 from lora_assets.cli.demo import DEMO_SETTINGS, EXAMPLES
-from lora_assets.runner import TAGS
+from lora_assets.logs import TAGS
 from resources.postgres import EmbeddedPostgres
 from resources.run_log import RunLog, TrainingRun
 from tests.resources.h2o_server import KEY, Fault, H2OServer, Handler, adapter_files, archive, resets, says
