@@ -13,6 +13,7 @@ from finetune.planning.models import TrainableMethod, TrialConfig
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+    from torch.nn import Module
     from transformers import PreTrainedModel
 
 
@@ -95,8 +96,26 @@ def refuse_missing_hardware(trial: TrialConfig) -> None:
         )
 
 
-def load_base_model(base_model: BaseModelRef, trial: TrialConfig) -> PreTrainedModel:
+def refuse_unshardable(trial: TrialConfig) -> None:
+    """Check that the plan's method can be trained while every process holds a part of the base model's weights only.
+
+    Raises:
+        ConfigurationError: it computes with whole weights, or with weights that are not plain numbers.
+    """
+    whole = {"DoRA": trial.use_dora, "PiSSA": trial.use_pissa, "qlora": trial.method == "qlora"}
+    if named := [name for name, wanted in whole.items() if wanted]:
+        raise ConfigurationError(
+            f"{named[0]} needs the base model's weights whole in every process",
+            where="TRAIN_SHARDING=fsdp",
+            remedy="Train with TRAIN_SHARDING=ddp, or plan for plain LoRA",
+        )
+
+
+def load_base_model(base_model: BaseModelRef, trial: TrialConfig, *, shards: int = 1) -> PreTrainedModel:
     """The base model as the plan wants it: its precision, its attention, in 4 bits for qlora.
+
+    With several `shards` every process reads and keeps its part of the weights alone (FSDP2), and has a layer's whole
+    only while it computes with it; what an adapter adds to the model later stays whole everywhere.
 
     Raises:
         BaseModelError: the weights are missing, damaged, or not those of the configuration.
@@ -113,6 +132,10 @@ def load_base_model(base_model: BaseModelRef, trial: TrialConfig) -> PreTrainedM
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
+    if shards > 1:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(fsdp_size=shards)
     remedy = "Download the base model again, or point BASE_MODEL_NAME at a whole model directory"
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
@@ -141,6 +164,20 @@ def load_base_model(base_model: BaseModelRef, trial: TrialConfig) -> PreTrainedM
                 remedy=remedy,
             )
     return model
+
+
+def save_no_shards(model: PeftModel) -> None:
+    """Keep parts of the base model out of the model's state: what is saved is the adapter, which is whole everywhere.
+
+    PEFT would gather all of the base model in every process to write a checkpoint.
+    """
+    from torch.distributed.tensor import DTensor
+
+    def drop(module: Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name in [name for name, value in state.items() if isinstance(value, DTensor)]:
+            del state[name]
+
+    model.register_state_dict_post_hook(drop)
 
 
 def save_pissa_start(model: PeftModel, directory: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from finetune.base_model.models import BaseModelRef
 from finetune.dataset.models import PreparedDataset
 from finetune.planning.models import TrainingPlan
 from finetune.training.reporting import Tracker
+
+Sharding = Literal["ddp", "fsdp"]
 
 
 class LossPoint(BaseModel):
@@ -49,10 +51,24 @@ class TrainingResult(BaseModel):
     resumed_from_step: int = 0
     # records of one pass, smaller than planned where memory ran out
     micro_batch: int | None = None
+    # the micro-batches with which memory ran out, in turn
+    out_of_memory: list[int] = []
     trainable_params: int | None = None
     reused: bool = False
     # of a dry run
     plan: TrainingPlan | None = None
+
+
+class Nodes(BaseModel):
+    """The machines of one training, all of which see the same files; named as torchrun's options are."""
+
+    model_config = ConfigDict(frozen=True)
+
+    count: int = Field(ge=2)
+    # this machine's number; 0 is the one whose address the others are given
+    rank: int = Field(ge=0)
+    master_addr: str
+    master_port: int = 29500
 
 
 class TrainingRequest(BaseModel):
@@ -74,5 +90,9 @@ class TrainingRequest(BaseModel):
     resume_from: Path | None = None
     # where figures are reported beside TensorBoard
     report_to: Tracker = "none"
-    # how many processes train; None is one a GPU, or one where there is none
+    # how many processes train on each node; None is one a GPU, or one where there is none
     processes: int | None = None
+    # what several processes share: ddp the work alone, fsdp the base model's weights too
+    sharding: Sharding = "ddp"
+    # None is this machine alone
+    nodes: Nodes | None = None

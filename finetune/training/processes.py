@@ -19,15 +19,20 @@ from typing import Any
 
 from finetune.errors import ConfigurationError, FinetuneError, TransientError
 from finetune.progress import Progress, ProgressEvent
-from finetune.training.models import TrainingRequest
+from finetune.training.models import Nodes, TrainingRequest
 from finetune.training.monitor import stop_on_sigterm
 from finetune.training.ownership import StillMine
 
 _POLL_SECONDS = 0.2
 
 
-def refuse_wrong_split(effective_batch: int, processes: int) -> None:
+def refuse_wrong_split(effective_batch: int, processes: int, nodes: int = 1) -> None:
     """See that every process gets the same share of an optimizer step, and a GPU of its own where there are any.
+
+    Args:
+        effective_batch: records of an optimizer step.
+        processes: on each node.
+        nodes: how many there are.
 
     Raises:
         ConfigurationError: it does not.
@@ -39,11 +44,11 @@ def refuse_wrong_split(effective_batch: int, processes: int) -> None:
         raise ConfigurationError(
             f"{processes} processes on {gpus} GPUs", where="TRAIN_PROCESSES", remedy="One process a GPU, at most"
         )
-    if effective_batch % processes:
+    if effective_batch % (processes * nodes):
         raise ConfigurationError(
-            f"{effective_batch} records a step cannot be shared by {processes} processes",
+            f"{effective_batch} records a step cannot be shared by {processes * nodes} processes",
             where="TRAIN_PROCESSES",
-            remedy="Plan an effective batch (MICRO_BATCH times ACCUMULATION) that is a multiple of TRAIN_PROCESSES",
+            remedy="Plan an effective batch (MICRO_BATCH times ACCUMULATION) that is a multiple of their number",
         )
 
 
@@ -63,7 +68,8 @@ def train_in_processes(
         Listener(str(Path(directory) / "socket"), family="AF_UNIX") as listener,
         stop_on_sigterm() as stop,
     ):
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", *_rendezvous(request.nodes)]
+        torchrun.append(f"--nproc-per-node={processes}")
         launcher = subprocess.Popen([*torchrun, "-m", "finetune.training.worker", str(listener.address)])
         parent = _Parent((request.model_dump_json(), micro_batch), on_progress, still_mine)
         threading.Thread(target=parent.accept, args=(listener, processes), daemon=True).start()
@@ -89,6 +95,14 @@ def train_in_processes(
             where=request.work_dir,
             remedy="Run again: it goes on from the last checkpoint; what the processes said is in the log above",
         )
+
+
+def _rendezvous(nodes: Nodes | None) -> list[str]:
+    """How torchrun finds the other nodes."""
+    if nodes is None:
+        return ["--standalone"]
+    where = [f"--master-addr={nodes.master_addr}", f"--master-port={nodes.master_port}"]
+    return [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}", *where]
 
 
 class _Parent:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from finetune.errors import ConfigurationError
+
 
 def rank() -> int:
     """This process's number; 0 is the one that writes and tells."""
@@ -28,6 +30,26 @@ def agree(*flags: bool) -> tuple[bool, ...]:
     votes = torch.tensor(flags, dtype=torch.int32, device=device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return tuple(bool(vote) for vote in votes.tolist())
+
+
+def agree_on_micro_batch(run_id: str, micro_batch: int) -> int:
+    """The smallest of all processes' micro-batches: where memory ran out on one node, the others may not know yet.
+
+    Raises:
+        ConfigurationError: the processes were asked for different trainings.
+    """
+    import torch.distributed as dist
+
+    asked: list[tuple[str, int]] = [("", 0)] * world_size()
+    dist.all_gather_object(asked, (run_id, micro_batch))
+    trainings = sorted({name for name, _ in asked})
+    if len(trainings) > 1:
+        raise ConfigurationError(
+            f"the nodes were asked for different trainings: {', '.join(trainings)}",
+            where="the plan, the dataset or the base model",
+            remedy="Start every node with the same command, settings and files",
+        )
+    return min(size for _, size in asked)
 
 
 def wait_for_all() -> None:

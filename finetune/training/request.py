@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from finetune.base_model.models import BaseModelRef
@@ -11,7 +12,7 @@ from finetune.errors import DatasetError
 from finetune.planning.models import TrainingPlan
 from finetune.publishing import sha256_file
 from finetune.training.identity import training_run_id
-from finetune.training.models import TrainingRequest
+from finetune.training.models import Nodes, Sharding, TrainingRequest
 from finetune.training.reporting import Tracker
 
 
@@ -24,6 +25,8 @@ def request_for_file(
     resume_from: Path | None = None,
     report_to: Tracker = "none",
     processes: int | None = None,
+    sharding: Sharding = "ddp",
+    nodes: Nodes | None = None,
 ) -> TrainingRequest:
     """A request to train on a file of records; its work directory lies in the hidden sibling ``.<output>.work``.
 
@@ -48,7 +51,8 @@ def request_for_file(
     prepared = work / "dataset" / fingerprint
     prepared.mkdir(parents=True, exist_ok=True)
     link = prepared / "train.jsonl"
-    if not link.is_symlink():
+    # (Another node may be first.)
+    with suppress(FileExistsError):
         link.symlink_to(dataset.absolute())
     lines = count_lines(dataset)
     return TrainingRequest(
@@ -71,4 +75,6 @@ def request_for_file(
         resume_from=resume_from,
         report_to=report_to,
         processes=processes,
+        sharding=sharding,
+        nodes=nodes,
     )

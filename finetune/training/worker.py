@@ -14,17 +14,20 @@ def main(address: str) -> int:
     import torch
     import torch.distributed as dist
 
-    from finetune.training.ranks import rank
-    from finetune.training.sft import train_share
+    from finetune.training.attempt import train_share
+    from finetune.training.ranks import agree_on_micro_batch, rank, wait_for_all
 
     worker = Worker(address)
     on_gpu = torch.cuda.is_available()
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo")
         if on_gpu:
-            torch.cuda.set_device(rank())
+            torch.cuda.set_device(dist.get_node_local_rank())
+        dist.init_process_group("nccl" if on_gpu else "gloo")
+        micro_batch = agree_on_micro_batch(worker.request.run_id, worker.micro_batch)
         on_progress = worker.progress if rank() == 0 else ignore_progress
-        train_share(worker.request, worker.micro_batch, on_progress=on_progress, still_mine=worker.still_mine)
+        train_share(worker.request, micro_batch, on_progress=on_progress, still_mine=worker.still_mine)
+        # Other nodes look for the adapter as soon as their processes have ended.
+        wait_for_all()
     except (FinetuneError, FileExistsError) as error:
         worker.failed(error)
         return 1

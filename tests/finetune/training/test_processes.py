@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ from finetune.errors import ConfigurationError, RemoteError, TransientError
 from finetune.progress import ProgressEvent
 from finetune.publishing import read_manifest
 from finetune.training.checkpoints import newest_complete
-from finetune.training.models import TrainingRequest
+from finetune.training.models import TrainingRequest, TrainingResult
 from finetune.training.processes import refuse_wrong_split
 from finetune.training.sft import train_adapter
 
@@ -49,6 +51,80 @@ def test_two_processes_learn_what_one_does_also_when_they_were_stopped_in_betwee
     )
     assert (together.tokens_seen, together.trainable_params) == (alone.tokens_seen, alone.trainable_params)
     assert read_manifest(request.adapter_dir, kind="adapter", verify="hashes").results["training_steps"] == 9
+
+
+# A base model with code of its own, whose second process runs out of memory at a step, as long as the micro-batch is
+# large; it tells what it saw.
+SMALL_MEMORY = """
+import os
+import torch
+from transformers import LlamaForCausalLM
+
+steps = 0
+
+def strike(model, arguments, inputs):
+    global steps
+    steps += model.training
+    if steps == 4 and len(inputs["input_ids"]) > 2:
+        weights = [p for p in model.layers.parameters() if not p.requires_grad]
+        here = sum(p.to_local().numel() for p in weights) / sum(p.numel() for p in weights)
+        with open(SEEN, "a") as file:
+            print(len(inputs["input_ids"]), here, file=file)
+        raise torch.OutOfMemoryError("no room")
+
+class SmallMemory(LlamaForCausalLM):
+    def __init__(self, config):
+        super().__init__(config)
+        if os.environ.get("RANK") == "1":
+            self.model.register_forward_pre_hook(strike, with_kwargs=True)
+"""
+
+
+def test_two_processes_that_share_the_weights_and_run_out_of_memory_go_on_from_the_checkpoint_with_half_the_batch(
+    make_request: MakeRequest, tmp_path: Path
+) -> None:
+    seen = tmp_path / "seen"
+    alone = train_adapter(make_request(place="alone", max_steps=6))
+    request = make_request(place="two", max_steps=6, checkpoint_seconds=0.0)
+    directory = shutil.copytree(request.base_model.path, tmp_path / "model")
+    (directory / "small_memory.py").write_text(f"SEEN = {str(seen)!r}\n{SMALL_MEMORY}")
+    config = json.loads((directory / "config.json").read_text())
+    named = {"auto_map": {"AutoModelForCausalLM": "small_memory.SmallMemory"}}
+    (directory / "config.json").write_text(json.dumps(config | named))
+    base_model = request.base_model.model_copy(update={"path": directory, "trust_remote_code": True})
+    events: list[ProgressEvent] = []
+    together = train_adapter(
+        request.model_copy(update={"processes": 2, "sharding": "fsdp", "base_model": base_model}),
+        on_progress=events.append,
+    )
+    assert seen.read_text() == "4 0.5\n", "otherwise memory did not run out, or the weights were whole"
+    assert [event.done for event in events if event.stage.startswith("out of memory")] == [4]
+    assert (together.micro_batch, together.out_of_memory, together.resumed_from_step) == (2, [4], 3)
+    assert [point.loss for point in together.loss_curve] == pytest.approx(
+        [point.loss for point in alone.loss_curve], abs=1e-4
+    )
+    assert (together.tokens_seen, together.trainable_params) == (alone.tokens_seen, alone.trainable_params)
+    from safetensors.numpy import load_file
+
+    learned, expected = (load_file(place / "adapter_model.safetensors") for place in adapters(together, alone))
+    assert learned.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert learned[name].shape == tensor.shape
+        assert abs(learned[name] - tensor).max() < 1e-3
+
+
+def adapters(*results: TrainingResult) -> list[Path]:
+    return [result.adapter_path for result in results if result.adapter_path is not None]
+
+
+@pytest.mark.parametrize("trial", [{"method": "qlora"}, {"use_dora": True}, {"use_pissa": True}], ids=str)
+def test_methods_that_need_whole_weights_are_refused_where_weights_are_shared(
+    make_request: MakeRequest, trial: dict[str, Any]
+) -> None:
+    request = make_request(**trial).model_copy(update={"processes": 2, "sharding": "fsdp"})
+    with pytest.raises(ConfigurationError, match=r"whole in every process \[TRAIN_SHARDING=fsdp\].*ddp"):
+        train_adapter(request)
+    assert not request.work_dir.exists()
 
 
 def test_a_step_that_cannot_be_shared_is_refused() -> None:
