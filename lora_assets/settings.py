@@ -23,6 +23,7 @@ from finetune.layout import DataLayout
 from finetune.logs import LogFormat
 from finetune.planning.models import Task, TrainableMethod
 from finetune.publishing import sha256_json
+from finetune.training.models import Sharding
 from finetune.training.reporting import Tracker
 
 ExportTarget = Literal["ollama", "lmstudio", "gguf", "vllm"]
@@ -129,6 +130,9 @@ class Settings(BaseSettings):
     seed: int = Field(42, description="Seed of everything random.")
     train_processes: int | None = Field(
         None, ge=1, description="Processes of a local training; unset: one a GPU, or one where there is none."
+    )
+    train_sharding: Sharding = Field(
+        "ddp", description="What several processes share: ddp the records of a step, fsdp the model's weights too."
     )
     report_to: Tracker = Field(
         "none", description="Where a local training is tracked beside TensorBoard: none, mlflow or wandb."

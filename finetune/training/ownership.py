@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from finetune.errors import TransientError
@@ -28,3 +32,31 @@ def refuse_if_taken_over(still_mine: StillMine, where: Path) -> None:
             where=where,
             remedy="Nothing needs doing: the other one goes on from the last checkpoint",
         )
+
+
+@contextmanager
+def hold_output(output: Path) -> Iterator[None]:
+    """Keep other processes from training into a directory for the block, without a database.
+
+    The lock is the system's, on a file in the hidden sibling ``.<output>.work``: it ends with its holder, however
+    that ends. Other machines see it where their volume passes locks on (NFS 4, CephFS).
+
+    Raises:
+        TransientError: another process holds it.
+    """
+    path = output.with_name(f".{output.name}.work") / "lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            stream.seek(0)
+            raise TransientError(
+                f"{stream.read() or 'another process'} trains into this directory already",
+                where=output,
+                remedy="Wait for it, or end it; run again, and a finished training is taken as it is",
+            ) from error
+        stream.truncate(0)
+        stream.write(f"process {os.getpid()} on {socket.gethostname()}")
+        stream.flush()
+        yield

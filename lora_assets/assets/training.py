@@ -42,7 +42,16 @@ from resources.trainer import LoraTrainer
 SECONDS_BETWEEN_OBSERVATIONS = 30.0
 TRAINS_HERE = SETTINGS.training_backend == "hf-peft"
 # What the run log keeps of a training.
-LOGGED = {"final_loss", "training_steps", "gpu_hours", "tokens_seen", "tokens_per_second", "peak_memory_gb"}
+LOGGED = {
+    "final_loss",
+    "training_steps",
+    "gpu_hours",
+    "tokens_seen",
+    "tokens_per_second",
+    "peak_memory_gb",
+    "micro_batch",
+    "out_of_memory",
+}
 
 
 class PlanConfig(dg.Config):
@@ -161,6 +170,7 @@ def adapter(
         work_dir=store.layout.work(run_id),
         report_to=SETTINGS.report_to,
         processes=SETTINGS.train_processes,
+        sharding=SETTINGS.train_sharding,
     )
     with no_retry_if_permanent():
         result = _train(context, trainer, run_log, request, report)
@@ -184,6 +194,8 @@ def adapter(
             "tokens_seen": result.tokens_seen or 0,
             "tokens_per_second": result.tokens_per_second or 0.0,
             "peak_memory_gb": result.peak_memory_gb or 0.0,
+            "micro_batch": result.micro_batch or 0,
+            "out_of_memory_with": ", ".join(map(str, result.out_of_memory)) or "no micro-batch",
             "base_model": base.name,
             "base_model_fingerprint": base.fingerprint,
             "published": published_files(request.adapter_dir),

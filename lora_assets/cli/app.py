@@ -9,7 +9,20 @@ import warnings
 import typer
 from dagster_shared.utils.warnings import PreviewWarning
 
-from lora_assets.cli import deletions, demo, experiment, plan, push, registry, run, samples, serve, show, tools
+from lora_assets.cli import (
+    deletions,
+    demo,
+    experiment,
+    plan,
+    push,
+    registry,
+    run,
+    samples,
+    serve,
+    show,
+    tools,
+    trainjob,
+)
 
 app = typer.Typer(
     name="lora-assets",
@@ -33,6 +46,10 @@ app.command(epilog="Example: lora-assets plan --base-model llama3-8b --vram-limi
 app.command(epilog="Example: lora-assets train --base-model llama3-8b --dataset train.jsonl --output a")(tools.train)
 app.command(epilog="Example: lora-assets evaluate --adapter A --dataset eval.jsonl --output report")(tools.evaluate)
 app.command(epilog="Example: lora-assets merge --base-model llama3-8b --adapter A --output merged")(tools.merge)
+app.command(
+    epilog="Example: lora-assets trainjob --name brain --image ghcr.io/acme/lora-assets-train:0.1.0 --nodes 2 --gpus 8 "
+    "--base-model llama3-8b --dataset /data/train.jsonl --output /data/a | kubectl apply -f -"
+)(trainjob.trainjob)
 
 app.command(epilog="Example: lora-assets serve --gguf merged-Q4_K_M.gguf --port 8080")(serve.serve)
 app.command(epilog="Example: lora-assets push v3 --repo acme/brain")(push.push)

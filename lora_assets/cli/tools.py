@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -112,15 +113,26 @@ def train(
         Path | None, typer.Option(help="Checkpoint of the same training elsewhere; its own are found without.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything up to loading the model.")] = False,
+    nodes: Annotated[int, typer.Option(min=1, envvar="PET_NNODES", help="Machines that train together.")] = 1,
+    node_rank: Annotated[int, typer.Option(min=0, envvar="PET_NODE_RANK", help="This machine's number.")] = 0,
+    master_addr: Annotated[
+        str, typer.Option(envvar="PET_MASTER_ADDR", help="Address of the machine with number 0.")
+    ] = "localhost",
+    master_port: Annotated[int, typer.Option(envvar="PET_MASTER_PORT", help="A free port of that machine.")] = 29500,
     as_json: Json = False,
 ) -> None:
-    """Train an adapter on a file of records; killed and run again, it goes on from its last checkpoint."""
+    """Train an adapter on a file of records; killed and run again, it goes on from its last checkpoint.
+
+    Several machines that see the same files train together when each runs the same command with its own number.
+    """
     from finetune.chat.encode import RecordEncoder
     from finetune.dataset.profile import analyze as analyze_path
     from finetune.planning.cost import refuse_above
     from finetune.planning.models import TrainingPlan
     from finetune.planning.overrides import PlanOverrides
     from finetune.planning.plan import make_plan
+    from finetune.training.models import Nodes
+    from finetune.training.ownership import hold_output
     from finetune.training.request import request_for_file
     from finetune.training.sft import dry_run as try_out
     from finetune.training.sft import train_adapter
@@ -173,8 +185,14 @@ def train(
             resume_from=resume_from.absolute() if resume_from else None,
             report_to=settings.report_to,
             processes=settings.train_processes,
+            sharding=settings.train_sharding,
+            nodes=Nodes(count=nodes, rank=node_rank, master_addr=master_addr, master_port=master_port)
+            if nodes > 1
+            else None,
         )
-        result = train_adapter(request, on_progress=progress(as_json))
+        # Of several machines the first holds it for all.
+        with hold_output(request.adapter_dir) if node_rank == 0 else nullcontext():
+            result = train_adapter(request, on_progress=progress(as_json))
     show(result, as_json)
 
 

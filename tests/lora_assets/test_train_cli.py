@@ -3,8 +3,10 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.dataset.models import DatasetProfile
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan
-from finetune.publishing import read_manifest
+from finetune.publishing import publish_directory, read_manifest
 
 PROGRAM = str(Path(sys.executable).with_name("lora-assets"))
 
@@ -48,11 +50,12 @@ def directory(tmp_path: Path, tiny_model: BaseModelRef) -> Path:
     return tmp_path
 
 
-def train(directory: Path, base_model: BaseModelRef, *arguments: str) -> subprocess.Popen[str]:
+def train(directory: Path, base_model: BaseModelRef, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    here = {"PATH": os.environ["PATH"], "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "DATA_ROOT": str(directory / "data")}
     return subprocess.Popen(
         [PROGRAM, "train", "--base-model", base_model.path, "--dataset", "train.jsonl", *arguments],
         cwd=directory,
-        env={"PATH": os.environ["PATH"], "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "DATA_ROOT": str(directory / "data")},
+        env={**here, **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -92,3 +95,40 @@ def test_a_training_that_was_stopped_goes_on_elsewhere_from_the_checkpoint_that_
     assert other.returncode == 1
     assert "this checkpoint belongs to the training" in refused
     assert not (directory / "c").exists()
+
+
+def test_two_machines_train_together_and_nobody_else_meanwhile(directory: Path, tiny_model: BaseModelRef) -> None:
+    """Two processes with the environment that Kubeflow Trainer gives its pods."""
+    plan = json.loads((directory / "plan.json").read_text())
+    plan["trial_config"]["max_steps"] = 4
+    (directory / "plan.json").write_text(json.dumps(plan))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {"PET_NNODES": "2", "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port}
+    into = ["--output", "a", "--plan", "plan.json"]
+    nodes = [train(directory, tiny_model, *into, **common, PET_NODE_RANK=str(rank)) for rank in range(2)]
+    lock = directory / ".a.work" / "lock"
+    while not (lock.exists() and lock.read_text()):
+        assert nodes[0].poll() is None
+        time.sleep(0.05)
+    third = train(directory, tiny_model, *into)
+    _, refused = third.communicate(timeout=200)
+    assert third.returncode == 75, refused
+    assert f"process {nodes[0].pid} on {socket.gethostname()} trains into this directory already" in refused
+    assert not (directory / "a").exists()
+
+    told = [node.communicate(timeout=200) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], told
+    result = read_manifest(directory / "a", kind="adapter", verify="hashes").results
+    assert result["training_steps"] == 4
+    assert ["training: 4/4 steps" in errors for _, errors in told] == [True, False], "otherwise one trained alone"
+
+
+def test_an_output_that_holds_the_adapter_of_another_training_is_refused(
+    directory: Path, tiny_model: BaseModelRef
+) -> None:
+    with publish_directory(directory / "a", kind="adapter") as staging:
+        staging.results = {"run_id": "file-0123456789"}
+    _, refused = (process := train(directory, tiny_model, "--output", "a", "--plan", "plan.json")).communicate()
+    assert process.returncode == 1
+    assert "the adapter of another training, file-0123456789 instead of file-" in refused
