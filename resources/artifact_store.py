@@ -7,7 +7,7 @@ import dagster as dg
 from pydantic import BaseModel, Field, TypeAdapter
 
 from finetune.errors import ArtifactError
-from finetune.layout import DataLayout
+from finetune.layout import DataLayout, path_part
 from finetune.publishing import write_bytes_atomically
 
 
@@ -32,8 +32,12 @@ class ValueStore(dg.ConfigurableIOManager):
     directory: str = Field(description="Absolute path of the folder of values.")
 
     def path_of(self, asset_key: dg.AssetKey, partition: str | None) -> Path:
-        """Where the value of one asset and partition lies."""
-        return Path(self.directory, *asset_key.path, f"{partition or 'value'}.json")
+        """Where the value of one asset and partition lies.
+
+        Raises:
+            ConfigurationError: the partition's key cannot be part of a path.
+        """
+        return Path(self.directory, *asset_key.path, f"{path_part(partition or 'value')}.json")
 
     def handle_output(self, context: dg.OutputContext, obj: BaseModel) -> None:
         """Write the value atomically."""

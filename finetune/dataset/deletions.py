@@ -146,7 +146,7 @@ def find_deletable(
     for version in versions:
         trained.setdefault(str(version.lineage.get("dataset_fingerprint")), []).append(version.version)
     found = []
-    for path in sorted(layout.prepared("*", "*").parent.parent.glob("[!.]*/[!.]*")):
+    for path in sorted(layout.prepared("date", "fingerprint").parent.parent.glob("[!.]*/[!.]*")):
         if is_complete(path):
             train, held = (list(_named(path / name, deletions, id_field)) for name in ("train.jsonl", "eval.jsonl"))
             if train or held:
