@@ -69,8 +69,8 @@ def tuned_loop(source: Path, target: Path) -> None:
     import orjson
     from xxhash import xxh3_128_digest
 
-    def squeezed(text: str) -> str:
-        return "".join(unicodedata.normalize("NFC", text).split())
+    def folded(text: str) -> bytes:
+        return b" ".join(unicodedata.normalize("NFC", text).encode().split())
 
     seen: set[bytes] = set()
     with (
@@ -94,18 +94,18 @@ def tuned_loop(source: Path, target: Path) -> None:
                 except (ValueError, KeyError, TypeError, StopIteration) as error:
                     rejects.write(orjson.dumps({"file": path.name, "line": number, "reason": repr(error)}) + b"\n")
                     continue
-                key = xxh3_128_digest("\0".join(f"{role}\0{squeezed(text)}" for role, text in turns).encode())
+                key = xxh3_128_digest(b"\0".join(b"%b\0%b" % (role.encode(), folded(text)) for role, text in turns))
                 if key in seen:
                     continue
                 seen.add(key)
-                (held_out if _held_out(squeezed(prompt)) else train).write(line)
+                (held_out if _held_out(folded(prompt)) else train).write(line)
 
 
-def _held_out(prompt: str) -> bool:
+def _held_out(prompt: bytes) -> bool:
     """The same split as ours, on Python's integers."""
     from xxhash import xxh3_64_intdigest
 
-    mixed, mask = xxh3_64_intdigest(prompt.encode()) ^ xxh3_64_intdigest(b""), 2**64 - 1
+    mixed, mask = xxh3_64_intdigest(prompt) ^ xxh3_64_intdigest(b""), 2**64 - 1
     for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
         mixed = (mixed ^ (mixed >> shift)) * factor & mask
     return mixed ^ (mixed >> 31) < int(EVAL_FRACTION * 2**64)

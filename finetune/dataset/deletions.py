@@ -19,8 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from xxhash import xxh3_128_digest
 
 from finetune.dataset.discovery import ExportFile
+from finetune.dataset.normalization import content_key
 from finetune.dataset.rules import RejectedError, checked_turns
-from finetune.dataset.scan import content_key
 from finetune.dataset.screening import hash_of_id, value_at
 from finetune.dataset.sources import read_rows
 from finetune.errors import ArtifactError, ConfigurationError

@@ -8,8 +8,8 @@ from pathlib import Path
 import orjson
 from xxhash import xxh3_64_intdigest
 
+from finetune.dataset.normalization import normalized
 from finetune.dataset.records import Message, as_messages, prompt_text
-from finetune.dataset.scan import normalized
 from finetune.errors import DatasetError
 
 

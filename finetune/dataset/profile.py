@@ -17,9 +17,10 @@ from xxhash import xxh3_128_digest
 
 from finetune.dataset.fast_tokens import FastTokenizer
 from finetune.dataset.models import DatasetProfile, LongestRecord, PreparedDataset, Truncation
+from finetune.dataset.normalization import content_key
 from finetune.dataset.prepare import load_prepared
 from finetune.dataset.rules import RejectedError, checked_turns, find_format
-from finetune.dataset.scan import Limits, content_key
+from finetune.dataset.scan import Limits
 from finetune.dataset.scripts import SCRIPTS, count_letters
 from finetune.dataset.sources import Row, SourceFormat, find_sources, read_rows
 from finetune.errors import ArtifactError, DatasetError
