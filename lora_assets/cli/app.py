@@ -13,6 +13,7 @@ from lora_assets.cli import (
     deletions,
     demo,
     experiment,
+    migrate,
     plan,
     push,
     registry,
@@ -35,6 +36,7 @@ app.command(epilog="Example: lora-assets demo")(demo.demo)
 app.command(epilog="Example: DATA_ROOT=data/demo lora-assets dev --port 3000")(demo.dev)
 app.command(epilog="Example: lora-assets config --json")(show.config)
 app.command(epilog="Example: lora-assets runs --limit 5 --json")(show.runs)
+app.command(epilog="Example: lora-assets migrate")(migrate.migrate)
 tools.dataset_app.command(epilog="Example: lora-assets dataset deletions --list deletions.txt")(deletions.deletions)
 app.add_typer(tools.dataset_app, name="dataset")
 app.add_typer(registry.app, name="registry")
