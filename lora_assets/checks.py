@@ -163,6 +163,7 @@ def gguf_answers_like_merged_model(
             export=gguf,
             merged=merged_model,
             prompts=held_out_prompts(merged_dataset.eval_path, CHECK_PROMPTS),
+            trust_remote_code=SETTINGS.trust_remote_code,
             on_progress=log_progress(context),
         )
     except FinetuneError as error:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from finetune.adapter_files import WEIGHTS_NAME, read_adapter_config
 from finetune.base_model.models import BaseModelRef
+from finetune.base_model.remote_code import remedy_for
 from finetune.errors import ArtifactError, BaseModelError
 from finetune.publishing import is_complete, read_manifest
 
@@ -43,13 +44,14 @@ def load_base(base_model: BaseModelRef) -> PreTrainedModel:
             base_model.path,
             dtype="auto" if gpu else torch.float32,
             local_files_only=True,
+            trust_remote_code=base_model.trust_remote_code,
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise BaseModelError(
             f"the base model {base_model.name} cannot be loaded: {error}",
             where=base_model.path,
-            remedy=_BASE_REMEDY,
+            remedy=remedy_for(error, _BASE_REMEDY),
         ) from error
     # What a checkpoint lacks is filled with random numbers, and only a warning says so.
     if loading["missing_keys"] or loading["mismatched_keys"]:

@@ -89,11 +89,11 @@ def measure(
         return found
 
     base, base_answers = scores(model, "the base model", base_model.path), _answers(model, encoder, questions)
-    base_tasks = run_tasks(model, base_model.path, tasks, manager)
+    base_tasks = run_tasks(model, base_model, tasks, manager)
     with attached(model, adapter_path) as adapted:
         adapter, answers = scores(adapted, "the adapter", adapter_path), _answers(adapted, encoder, questions)
         failed = failures(cases, _continuations(adapted, encoder, cases))
-        found_tasks = task_scores(base_tasks, run_tasks(adapted, base_model.path, tasks, manager))
+        found_tasks = task_scores(base_tasks, run_tasks(adapted, base_model, tasks, manager))
     rival = None
     if champion is not None:
         with attached(model, champion.adapter_path) as reigning:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
     from torch.nn import Module
 
+    from finetune.base_model.models import BaseModelRef
+
 # Figures per task: "metric,filter" as the harness writes them; the rest of its keys are names and counts.
 TaskFigures = dict[str, dict[str, float]]
 
@@ -84,7 +86,7 @@ def find_tasks(tasks: EvalTasks) -> TaskManager | None:
 
 
 def run_tasks(
-    model: Module, model_path: Path, tasks: EvalTasks, manager: TaskManager | None, *, batch: int = 8
+    model: Module, base_model: BaseModelRef, tasks: EvalTasks, manager: TaskManager | None, *, batch: int = 8
 ) -> TaskFigures:
     """Figures of a causal language model, with or without an adapter of PEFT, by task and metric.
 
@@ -92,7 +94,7 @@ def run_tasks(
 
     Args:
         model: in evaluation mode, on its device.
-        model_path: where its tokenizer lies.
+        base_model: where its tokenizer lies.
         tasks: what is run.
         manager: the index that knows them; nothing is run without it.
         batch: prompts at a time.
@@ -107,7 +109,9 @@ def run_tasks(
     from lm_eval.models.huggingface import HFLM
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(
+        base_model.path, local_files_only=True, trust_remote_code=base_model.trust_remote_code
+    )
     harness = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch)
     try:
         found = simple_evaluate(

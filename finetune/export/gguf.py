@@ -107,7 +107,7 @@ def export_gguf(
         if not base_is_made:
             jobs.append(ModelConversion(base_model.path, made_base, precision, {"general.name": base_model.name}))
         with Conversions(jobs) as conversions:
-            reference = Reference(merged.path, prompts)
+            reference = Reference(merged.path, prompts, trust_remote_code=base_model.trust_remote_code)
             advance()
             conversions.wait()
         for _ in jobs:
@@ -146,6 +146,7 @@ def verify_gguf(
     export: GgufExport,
     merged: MergedModel,
     prompts: Sequence[list[Message]],
+    trust_remote_code: bool = False,
     on_progress: Progress = ignore_progress,
 ) -> GgufVerification:
     """Verify a published export again: its files' hashes, then everything that `export_gguf` verified.
@@ -164,7 +165,7 @@ def verify_gguf(
         on_progress(ProgressEvent("gguf check", done, 3, "files"))
 
     return _verify(
-        Reference(merged.path, prompts),
+        Reference(merged.path, prompts, trust_remote_code=trust_remote_code),
         export.full.path,
         export.full.quantization,
         export.quantized.path,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.adapter_files import adapter_hash
+from finetune.base_model.remote_code import remedy_for
 from finetune.errors import ExportError
 from finetune.evaluation.adapters import load_adapter
 from finetune.export.prompts import encode_prompts, greedy_tokens
@@ -61,21 +62,24 @@ def check_merge(*, base_model: BaseModelRef, adapter_path: Path, merged_path: Pa
     adapter_hash(adapter_path)
     remedy = "Delete the directory and merge again"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(merged_path, local_files_only=True)
-        config = AutoConfig.from_pretrained(merged_path, local_files_only=True)
+        loading = {"local_files_only": True, "trust_remote_code": base_model.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(merged_path, **loading)
+        config = AutoConfig.from_pretrained(merged_path, **loading)
     except Exception as error:  # transformers raises whatever its parsers raise on a damaged directory
-        raise ExportError(f"the merged model does not load: {error}", where=merged_path, remedy=remedy) from error
+        raise ExportError(
+            f"the merged model does not load: {error}", where=merged_path, remedy=remedy_for(error, remedy)
+        ) from error
     tolerance_share = TOLERANCES.get(str(config.dtype or "torch.float32"), TOLERANCES["torch.bfloat16"])
     ids = encode_prompts(tokenizer, prompts)
 
     # One after the other: each takes four bytes a parameter.
-    base = _load(base_model.path)
+    base = _load(base_model.path, base_model.trust_remote_code)
     if config.get_text_config().vocab_size > base.get_input_embeddings().weight.shape[0]:
         base.resize_token_embeddings(config.get_text_config().vocab_size)
     expected = _observe(load_adapter(base, adapter_path), ids)
     del base
     try:
-        merged = _load(merged_path)
+        merged = _load(merged_path, base_model.trust_remote_code)
     except Exception as error:  # as above
         raise ExportError(f"the merged model does not load: {error}", where=merged_path, remedy=remedy) from error
     found = _observe(merged, ids)
@@ -106,11 +110,13 @@ def check_merge(*, base_model: BaseModelRef, adapter_path: Path, merged_path: Pa
     return MergeCheck(worst, tolerance, equal, len(ids))
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path, trust_remote_code: bool) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, local_files_only=True).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, local_files_only=True, trust_remote_code=trust_remote_code
+    ).eval()
 
 
 def _observe(model: PreTrainedModel, prompts: list[list[int]]) -> _Reference:

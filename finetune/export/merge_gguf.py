@@ -84,7 +84,8 @@ def merge_to_gguf(
         full = target if quantization == precision else staging.path / f"{run_id}-{precision}.gguf"
         on_progress(ProgressEvent("gguf", 0, 3, "steps"))
         with Conversions([ModelConversion(merged.path, full, precision, metadata)]) as conversions:
-            reference = None if validate_on is None else Reference(merged.path, validate_on)
+            trusted = base_model.trust_remote_code
+            reference = None if validate_on is None else Reference(merged.path, validate_on, trust_remote_code=trusted)
             conversions.wait()
         on_progress(ProgressEvent("gguf", 1, 3, "steps"))
         if full != target:

@@ -44,16 +44,17 @@ def measure_quantization_cost(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    ids = encode_prompts(AutoTokenizer.from_pretrained(merged_path, local_files_only=True), prompts)
+    loading = {"local_files_only": True, "trust_remote_code": base_model.trust_remote_code}
+    ids = encode_prompts(AutoTokenizer.from_pretrained(merged_path, **loading), prompts)
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
     base = AutoModelForCausalLM.from_pretrained(
-        base_model.path, dtype=torch.float32, quantization_config=quantization, local_files_only=True
+        base_model.path, dtype=torch.float32, quantization_config=quantization, **loading
     )
     trained = PeftModel.from_pretrained(base, adapter_path, local_files_only=True).eval()
     answers = [greedy_tokens(trained, prompt, _ANSWER_TOKENS) for prompt in ids]
     wanted = _log_probabilities(trained, ids, answers)
     del trained, base
-    merged = AutoModelForCausalLM.from_pretrained(merged_path, dtype=torch.float32, local_files_only=True).eval()
+    merged = AutoModelForCausalLM.from_pretrained(merged_path, dtype=torch.float32, **loading).eval()
     found = _log_probabilities(merged, ids, answers)
     chosen = torch.tensor([token for answer in answers for token in answer])[:, None]
     return QuantizationCost(

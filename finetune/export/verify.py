@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from finetune.base_model.remote_code import remedy_for
 from finetune.errors import ExportError
 from finetune.export.prompts import encode_prompts, greedy_tokens
 from finetune.export.runtime import GgufRuntime
@@ -82,27 +83,33 @@ class Reference:
     Args:
         model_path: a model in Hugging Face's layout, computed in float32.
         prompts: conversations to answer.
+        trust_remote_code: let Python files of the model run.
 
     Raises:
         ExportError: the model does not load.
     """
 
-    def __init__(self, model_path: Path, prompts: Sequence[list[Message]]) -> None:
+    def __init__(self, model_path: Path, prompts: Sequence[list[Message]], *, trust_remote_code: bool = False) -> None:
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:
-            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(model_path, local_files_only=True)
+            self._tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                model_path, local_files_only=True, trust_remote_code=trust_remote_code
+            )
             model, loading = AutoModelForCausalLM.from_pretrained(
                 model_path,
                 dtype=torch.float32,
                 local_files_only=True,
+                trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 # The error that it would raise does not name the tensor.
                 ignore_mismatched_sizes=True,
             )
         except Exception as error:  # transformers raises whatever its parsers raise on a damaged directory
-            raise ExportError(f"the merged model does not load: {error}", where=model_path) from error
+            raise ExportError(
+                f"the merged model does not load: {error}", where=model_path, remedy=remedy_for(error, "")
+            ) from error
         for name, found, expected in loading["mismatched_keys"]:
             raise ExportError(
                 f"the tensor {name} of the merged model has the shape {tuple(found)}, its configuration asks for "

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from finetune.base_model.models import BaseModelRef
+from finetune.base_model.remote_code import remedy_for
 from finetune.errors import BaseModelError, ConfigurationError
 from finetune.planning.model_config import ModelShape
 from finetune.planning.models import TrainableMethod, TrialConfig
@@ -152,7 +153,9 @@ def load_base_model(base_model: BaseModelRef, trial: TrialConfig, *, shards: int
     # The libraries below raise many kinds of errors for a damaged file; all of them mean the same.
     except Exception as error:
         raise BaseModelError(
-            f"the base model {base_model.name} cannot be loaded: {error}", where=base_model.path, remedy=remedy
+            f"the base model {base_model.name} cannot be loaded: {error}",
+            where=base_model.path,
+            remedy=remedy_for(error, remedy),
         ) from error
     # What a checkpoint lacks is filled with random numbers, and only a warning says so.
     for kind in ("missing_keys", "mismatched_keys"):
