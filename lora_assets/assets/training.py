@@ -2,7 +2,6 @@
 
 import math
 import time
-from typing import Any
 
 import dagster as dg
 from pydantic import Field
@@ -10,7 +9,6 @@ from pydantic import Field
 from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.errors import FinetuneError
 from finetune.planning.cost import refuse_above
-from finetune.planning.history import Measurement
 from finetune.planning.models import Method, Task, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan
@@ -33,6 +31,7 @@ from lora_assets.assets.common import (
 )
 from lora_assets.kubernetes import gpu_step
 from lora_assets.logs import TAGS
+from lora_assets.recording import logged_figures, measurement_of
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
@@ -41,17 +40,6 @@ from resources.trainer import LoraTrainer
 # Time between two looks at a running training that stay on its asset.
 SECONDS_BETWEEN_OBSERVATIONS = 30.0
 TRAINS_HERE = SETTINGS.training_backend == "hf-peft"
-# What the run log keeps of a training.
-LOGGED = {
-    "final_loss",
-    "training_steps",
-    "gpu_hours",
-    "tokens_seen",
-    "tokens_per_second",
-    "peak_memory_gb",
-    "micro_batch",
-    "out_of_memory",
-}
 
 
 class PlanConfig(dg.Config):
@@ -224,11 +212,11 @@ def _train(
     settled = run_log.settle(
         run_id=request.run_id,
         adapter_path=request.adapter_dir,
-        metrics=_logged(result),
+        metrics=logged_figures(result),
         dagster_root_run_id=context.run.get_root_run_id(),
     )
     for row_id in settled:
-        if measurement := _measurement(request, result):
+        if measurement := measurement_of(request, result):
             run_log.measured(row_id, measurement)
     return result
 
@@ -289,9 +277,9 @@ def _train_recorded(
                 # Ctrl-C on a command means it: the retry policy would begin again.
                 raise dg.Failure("interrupted", allow_retries=False) from None
             raise
-        if measurement := _measurement(request, result):
+        if measurement := measurement_of(request, result):
             row.measured(measurement)
-        row.complete(result.adapter_path, _logged(result))
+        row.complete(result.adapter_path, logged_figures(result))
     return result
 
 
@@ -311,22 +299,6 @@ def _observed(context: dg.AssetExecutionContext, date: str, report: Progress) ->
     return listen
 
 
-def _measurement(request: TrainingRequest, result: TrainingResult) -> Measurement | None:
-    """What the training took, for the next plan; nothing is known of trainings that run elsewhere."""
-    if result.device is None:
-        return None
-    trial, memory = request.plan.trial_config, request.plan.memory_estimate
-    # A pass that was made smaller, since memory ran out, is not the one that was estimated.
-    as_planned = result.micro_batch == trial.micro_batch
-    return Measurement(
-        method=trial.method,
-        device=result.device,
-        estimated_memory_gb=memory.vram_gb / memory.correction if as_planned else None,
-        peak_memory_gb=result.peak_memory_gb,
-        tokens_per_second=result.tokens_per_second,
-    )
-
-
 def _cancel(trainer: LoraTrainer, request: TrainingRequest) -> str:
     """Cancel what runs elsewhere; returns what became of it."""
     if TRAINS_HERE:
@@ -343,7 +315,3 @@ def _cancel(trainer: LoraTrainer, request: TrainingRequest) -> str:
 def experiment_link(url: str | None) -> dict[str, dg.MetadataValue[str | None]]:
     """The metadata that leads to a remote experiment, if there is one."""
     return {"experiment": dg.MetadataValue.url(url)} if url else {}
-
-
-def _logged(result: TrainingResult) -> dict[str, Any]:
-    return result.model_dump(mode="json", include=LOGGED, exclude_none=True)
