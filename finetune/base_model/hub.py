@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune.base_model.names import SHORT_NAMES
 from finetune.errors import BaseModelError, full_disk_named
 from finetune.progress import Progress, ProgressEvent
 
@@ -57,8 +58,10 @@ def fetch_from_hub(
     endpoint = endpoint or constants.ENDPOINT
     cache = cache_dir / "hub"
     where = f"BASE_MODEL_NAME={given}"
+    # Whoever writes an owner means none of them.
+    known = "" if "/" in given else f" ({', '.join(SHORT_NAMES)})"
     tried = (
-        f"tried the directory {Path(given).expanduser().absolute()}, the short names, and the hub repository "
+        f"tried the directory {Path(given).expanduser().absolute()}, the short names{known}, and the hub repository "
         f"{repository} at revision {revision or 'main'} on {endpoint}"
     )
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from finetune.base_model.models import BaseModelRef
-from finetune.base_model.resolve import SHORT_NAMES, resolve_base_model
+from finetune.base_model.names import SHORT_NAMES
+from finetune.base_model.resolve import resolve_base_model
 from finetune.errors import BaseModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -195,6 +196,15 @@ def test_a_name_that_nobody_has_names_the_setting_and_what_was_tried(hub: Hub, t
     assert caught.value.where == f"BASE_MODEL_NAME={name}"
     assert "tried the directory" in caught.value.what
     assert hub.address in caught.value.what
+
+
+def test_a_short_name_that_there_is_none_of_gets_the_list_of_those_that_there_are(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(BaseModelError) as caught:
+        resolve_base_model("llama3-9b", cache_dir=tmp_path, endpoint=hub.address)
+    assert all(name in caught.value.what for name in SHORT_NAMES)
+    with pytest.raises(BaseModelError) as caught:
+        resolve_base_model("org/other", cache_dir=tmp_path, endpoint=hub.address)
+    assert "llama3-8b" not in caught.value.what
 
 
 def test_an_unreachable_hub_names_the_setting_the_short_names_repository_and_the_remedy(tmp_path: Path) -> None:

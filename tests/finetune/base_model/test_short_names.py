@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from finetune.base_model.resolve import SHORT_NAMES
+from finetune.base_model.names import SHORT_NAMES
 
 
 def test_the_documented_short_names_are_the_ones_in_force() -> None:

@@ -1,9 +1,11 @@
-"""REPORT_TO: a real MLflow with a database of its own."""
+"""REPORT_TO: a real MLflow with a database of its own, Weights & Biases without its server."""
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable
+import json
+import struct
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,54 @@ def test_mlflow_gets_a_run_with_every_step_s_loss_and_one_that_failed_is_ended_a
     assert finished.data.params["learning_rate"] == "0.005"
 
 
-def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(make_request: MakeRequest) -> None:
-    if importlib.util.find_spec("wandb"):
-        pytest.skip("wandb is installed here")
-    request = tracked(make_request(), "wandb")
-    with pytest.raises(ConfigurationError, match=r"wandb is not installed.*lora-assets\[wandb\]"):
+@pytest.fixture
+def offline_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where Weights & Biases keeps the runs of this test, without its server."""
+    for name, value in {"MODE": "offline", "SILENT": "true", "DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    return tmp_path / "wandb"
+
+
+def logged(content: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format (doc/log_format.md there), behind a header of seven bytes."""
+    block, header = 32768, 7
+    place, parts = header, b""
+    while place + header <= len(content):
+        if (left := block - place % block) < header:
+            place += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, place)
+        parts += content[place + header : place + header + size]
+        place += header + size
+        # Whole, or the last of several parts.
+        if kind in (1, 4):
+            yield parts
+            parts = b""
+
+
+def test_weights_and_biases_gets_a_run_with_every_step_s_loss_without_its_server(
+    make_request: MakeRequest, offline_runs: Path
+) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    result = train_adapter(tracked(make_request(max_steps=3), "wandb"))
+    (log,) = offline_runs.glob("offline-run-*/*.wandb")
+    losses, names = [], set()
+    for data in logged(log.read_bytes()):
+        record = Record.FromString(data)
+        names.add(record.run.display_name)
+        rows = {item.key or item.nested_key[0]: item.value_json for item in record.history.item}
+        losses += [json.loads(rows["train/loss"])] if "train/loss" in rows else []
+    assert result.run_id in names
+    assert losses == pytest.approx([point.loss for point in result.loss_curve])
+
+
+@pytest.mark.parametrize("tracker", ["mlflow", "wandb"])
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_loaded(
+    make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch, tracker: Tracker
+) -> None:
+    monkeypatch.setitem(sys.modules, tracker, None)
+    request = tracked(make_request(), tracker)
+    with pytest.raises(ConfigurationError, match=rf"{tracker} is not installed.*lora-assets\[{tracker}\]"):
         train_adapter(request)
     assert not request.work_dir.exists()
