@@ -7,6 +7,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from finetune.planning.models import TrialConfig
+
 Strategy = Literal["random", "bayesian", "bandit", "halving"]
 TrialState = Literal["running", "completed", "pruned", "failed"]
 StopReason = Literal["threshold", "patience", "max_loop_iterations", "budget", "max_trials"]
@@ -32,7 +34,7 @@ class TrialRecord(BaseModel):
     reserved_gpu_hours: float = 0.0
     # how often a worker has started it: more than once where one was killed
     attempts: int = 1
-    trial_id: str = ""
+    trial_config: TrialConfig | None = None
     run_id: str = ""
     adapter_path: str | None = None
     metrics: dict[str, float] = Field(default_factory=dict)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import orjson
 
@@ -27,6 +27,7 @@ from finetune.training.ownership import StillMine, refuse_if_taken_over
 from finetune.training.ranks import agree, rank, wait_for_all
 
 if TYPE_CHECKING:
+    from torch.nn import Module
     from torch.utils.tensorboard import SummaryWriter
     from transformers import TrainerControl, TrainerState
 
@@ -38,6 +39,20 @@ _ASK_SECONDS = 5.0
 _WINDOW = 5
 _RISE_FACTOR, _RISE_NATS = 2.0, 1.0
 _NAMED = 16
+
+
+@runtime_checkable
+class StepListener(Protocol):
+    """A listener of progress that also looks at the model after every step of a training in one process.
+
+    What it raises ends the training; what it does must leave the model and all random states as they were.
+    """
+
+    def __call__(self, event: ProgressEvent) -> None:
+        """As of any listener."""
+
+    def after_step(self, step: int, total_steps: int, model: Module) -> None:
+        """An optimizer step was taken."""
 
 
 @dataclass
@@ -240,7 +255,7 @@ def callback(monitor: Monitor) -> Any:
             monitor.on_begin()
 
         def on_log(
-            self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
+            self, args: Any, state: TrainerState, control: TrainerControl, logs: dict[str, float], **others: Any
         ) -> None:
             if "loss" not in logs:
                 return
@@ -248,6 +263,8 @@ def callback(monitor: Monitor) -> Any:
             if rank() == 0:
                 save = monitor.on_step(state.global_step)
                 monitor.on_loss(state.global_step, logs["loss"], logs["learning_rate"], logs.get("grad_norm"))
+                if isinstance(monitor.progress, StepListener):
+                    monitor.progress.after_step(state.global_step, monitor.total_steps, others["model"])
                 # Only the newest checkpoints are kept: one that may be bad would push out a good one.
                 save &= not monitor.doubtful
             save, stopping = agree(save, monitor.stop.requested)
