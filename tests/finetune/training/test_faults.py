@@ -15,8 +15,10 @@ import pytest
 
 from finetune.errors import BaseModelError, ConfigurationError, DatasetError, TrainingError, TransientError
 from finetune.progress import ProgressEvent
+from finetune.publishing import read_manifest
 from finetune.training import monitor
 from finetune.training.checkpoints import newest_complete, step_of
+from finetune.training.memory import note_out_of_memory
 from finetune.training.models import TrainingRequest
 from finetune.training.sft import train_adapter
 
@@ -119,27 +121,42 @@ def test_a_named_checkpoint_is_gone_on_from_unless_it_is_damaged_or_of_another_t
         train_adapter(make_request(place="again").model_copy(update={"resume_from": checkpoint}))
 
 
-def test_out_of_memory_halves_the_micro_batch_and_learns_the_same(
+def test_out_of_memory_halves_the_micro_batch_and_goes_on_from_the_last_checkpoint_and_learns_the_same(
     make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
     from transformers import LlamaModel
 
     expected = [point.loss for point in train_adapter(make_request(place="plenty")).loss_curve]
+    request = make_request(place="little", checkpoint_seconds=0.0)
+    third = request.work_dir / "checkpoints" / "checkpoint-3" / "complete.json"
     forward = LlamaModel.forward
-    struck = []
+    struck, sizes = [], []
 
     def small_memory(self: Any, input_ids: Any = None, **inputs: Any) -> Any:
-        if len(input_ids) > 2:
+        if len(input_ids) > 2 and third.exists():
             struck.append(len(input_ids))
             raise torch.OutOfMemoryError("no room")
+        sizes.append(len(input_ids))
         return forward(self, input_ids=input_ids, **inputs)
 
     monkeypatch.setattr(LlamaModel, "forward", small_memory)
-    result = train_adapter(make_request(place="little"))
+    result = train_adapter(request)
     assert struck == [4]
-    assert result.micro_batch == 2
+    # Eight records a step before and after.
+    assert sizes == [4, 4] * 3 + [2, 2, 2, 2] * 6
+    assert (result.resumed_from_step, result.micro_batch, result.out_of_memory) == (3, 2, [4])
     assert [point.loss for point in result.loss_curve] == pytest.approx(expected, abs=1e-4)
+    assert read_manifest(request.adapter_dir).results["out_of_memory"] == [4]
+
+
+def test_a_micro_batch_that_was_too_large_is_not_tried_again_by_the_next_attempt(
+    make_request: MakeRequest,
+) -> None:
+    request = make_request(max_steps=1)
+    note_out_of_memory(request.work_dir, 4)
+    result = train_adapter(request)
+    assert (result.micro_batch, result.out_of_memory) == (2, [4])
 
 
 def test_answers_that_truncation_eats_are_refused_before_the_first_step(make_request: MakeRequest) -> None:
@@ -186,8 +203,6 @@ def test_a_template_without_generation_markers_that_writes_earlier_turns_anew_is
 
 
 def test_a_long_answer_is_cut_on_purpose_and_counted(make_request: MakeRequest) -> None:
-    from finetune.publishing import read_manifest
-
     request = make_request(records=[{"instruction": "Why?", "output": "So. " * 100}], max_length=64, max_steps=1)
     train_adapter(request)
     assert read_manifest(request.adapter_dir).inputs["truncated_records"] == 1
