@@ -12,6 +12,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import time
@@ -29,6 +30,8 @@ from finetune.errors import ArtifactError, full_disk_named
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
 TEMPORARY_MARK = ".tmp-"
+# As `temporary_sibling` makes it.
+_TEMPORARY_NAME = re.compile(rf"\..+{re.escape(TEMPORARY_MARK)}\d+-[0-9a-f]+", re.DOTALL)
 # No writer pauses for so long.
 _ABANDONED_SECONDS = 24 * 3600
 _CHUNK = 1 << 20
@@ -215,13 +218,44 @@ def _refuse_foreign(target: Path, kind: str) -> None:
     raise ArtifactError(what, where=target, remedy="Choose another directory, or delete this one")
 
 
+def is_abandoned(path: Path) -> bool:
+    """Whether a temporary file or directory was left by a writer that was killed: nothing in it changed for a day."""
+    return bool(_TEMPORARY_NAME.fullmatch(path.name)) and seconds_unchanged(path) > _ABANDONED_SECONDS
+
+
+def seconds_unchanged(path: Path) -> float:
+    """How long nothing in a file or directory was written; 0 where somebody changes it while it is looked at."""
+    try:
+        newest = max(each.lstat().st_mtime for each in (path, *path.rglob("*")))
+    except OSError:
+        return 0.0
+    return time.time() - newest
+
+
 def remove_abandoned(directory: Path, name: str) -> None:
     """Remove what killed writers left in `directory` beside targets whose names fit a pattern, a day later."""
     for left in directory.glob(f".{name}{TEMPORARY_MARK}*"):
+        if is_abandoned(left):
+            remove_tree(left)
+
+
+def remove_tree(path: Path) -> None:
+    """Remove a file or a directory; what others removed meanwhile, or may not be removed, is passed over."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
         with suppress(OSError):
-            newest = max(path.stat().st_mtime for path in (left, *left.rglob("*")))
-            if left.is_dir() and time.time() - newest > _ABANDONED_SECONDS:
-                shutil.rmtree(left)
+            path.unlink()
+
+
+def withdraw(directory: Path) -> None:
+    """Remove a published directory: for readers at once, by a rename, and then from the disk.
+
+    Whoever is killed in between leaves a temporary directory, which is removed a day later.
+    """
+    leaving = temporary_sibling(directory)
+    directory.rename(leaving)
+    remove_tree(leaving)
 
 
 @contextmanager

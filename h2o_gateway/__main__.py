@@ -15,6 +15,8 @@ import uvicorn
 from pydantic import ValidationError
 
 from finetune.errors import ConfigurationError
+from finetune.logs import line_formatter
+from finetune.redaction import Redactor
 from h2o_gateway.app import create_app
 from h2o_gateway.settings import PREFIX, Settings
 
@@ -23,10 +25,9 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 def main() -> int:
     """Serve until a signal comes; trainings outlive it."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         settings = _settings()
+        _set_up_logs(settings)
         lock = _only_gateway(settings.data_dir)
         key, origin = _key(settings)
         listener = _listener(settings)
@@ -51,6 +52,14 @@ def main() -> int:
     uvicorn.Server(config).run(sockets=[listener])
     os.close(lock)
     return 0
+
+
+def _set_up_logs(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    secrets_ = [each.get_secret_value() for each in (settings.api_key, settings.webhook_secret) if each]
+    handler.setFormatter(line_formatter(settings.log_format, Redactor([*secrets_, settings.webhook_url or ""])))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def _settings() -> Settings:

@@ -6,10 +6,12 @@ import sqlite3
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry
 
 from finetune.errors import DatasetError, StorageFullError
 from h2o_gateway.gateway import Gateway
 from h2o_gateway.guard import Guard
+from h2o_gateway.metrics import Experiments, Measured
 from h2o_gateway.routes import DATASETS_ROUTE, api, health
 from h2o_gateway.settings import Settings
 
@@ -34,6 +36,9 @@ def create_app(settings: Settings, key: str) -> FastAPI:
         redoc_url=None,
     )
     app.state.gateway = gateway
+    # One for each service: the library's own is the process's.
+    app.state.metrics = CollectorRegistry()
+    app.state.metrics.register(Experiments(gateway))
     app.include_router(health)
     app.include_router(api)
     app.add_exception_handler(RequestValidationError, _refuse_request)
@@ -47,6 +52,7 @@ def create_app(settings: Settings, key: str) -> FastAPI:
         limit=lambda path: limits.get(path, settings.max_request_bytes),
         idle=settings.body_idle_seconds,
     )
+    app.add_middleware(Measured, registry=app.state.metrics)
     return app
 
 

@@ -7,6 +7,7 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Query, Request, R
 from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import FileResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from h2o_gateway.gateway import Gateway
 from h2o_gateway.models import Dataset, Experiment, ExperimentRequest, Experiments, Health, Problem
@@ -66,6 +67,12 @@ def get_health(gateway: Works, response: Response) -> Health:
         running=gateway.store.count("running"),
         gpus=len(gateway.settings.slots),
     )
+
+
+@health.get("/metrics", include_in_schema=False)
+def get_metrics(request: Request) -> Response:
+    """What Prometheus scrapes; needs no key, and tells of no experiment by its name."""
+    return Response(generate_latest(request.app.state.metrics), media_type=CONTENT_TYPE_LATEST)
 
 
 @api.post(

@@ -8,6 +8,8 @@ from pathlib import Path
 from pydantic import Field, SecretStr, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from finetune.logs import LogFormat
+
 PREFIX = "H2O_GATEWAY_"
 
 
@@ -26,6 +28,8 @@ class Settings(BaseSettings):
     port: int = Field(8760, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     public_url: str | None = Field(None, description="The gateway's address as others see it, for links.")
     data_dir: Path = Field(Path("data/h2o-gateway"), description="State, datasets, experiments.")
+
+    log_format: LogFormat = Field("text", description="Log lines as text, or as json: one object a line.")
 
     studio_dir: Path = Field(Path(), description="H2O LLM Studio's checkout, where the training command runs.")
     train_command: str = Field(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from h2o_gateway.models import ExperimentRequest, Status
 
@@ -73,6 +74,26 @@ class Callback:
     created_at: float
 
 
+@dataclass(frozen=True)
+class Share:
+    """Of one status: how many experiments, and how many seconds those trained that began and have ended."""
+
+    experiments: int
+    trained: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tally:
+    """All experiments in figures; times in seconds, `oldest_queued` since the epoch."""
+
+    by_status: dict[Status, Share]
+    started: int
+    waited: float
+    oldest_queued: float | None
+    callbacks: int
+
+
 class Store:
     """The database at `path`; usable from several threads.
 
@@ -132,6 +153,22 @@ class Store:
                 (status, before, before),
             )
             return int(counted.fetchone()[0])
+
+    def tally(self) -> Tally:
+        """All experiments in figures; every status is told of, also those that none has."""
+        with self._transaction() as connection:
+            rows = connection.execute(
+                "SELECT status, count(*), count(finished_at - started_at), total(finished_at - started_at) "
+                "FROM experiments GROUP BY status"
+            ).fetchall()
+            found = {status: Share(int(n), int(trained), float(seconds)) for status, n, trained, seconds in rows}
+            started, waited, oldest = connection.execute(
+                "SELECT count(started_at), total(started_at - created_at), "
+                "min(CASE WHEN status = 'queued' THEN created_at END) FROM experiments"
+            ).fetchone()
+            callbacks = connection.execute("SELECT count(*) FROM callbacks").fetchone()[0]
+        by_status = {status: found.get(status, Share(0, 0, 0.0)) for status in get_args(Status)}
+        return Tally(by_status, int(started), float(waited), oldest, int(callbacks))
 
     def start_next(self, gpu: str) -> Row | None:
         """Give the device to the oldest queued experiment, if there is one."""

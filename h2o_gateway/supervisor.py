@@ -157,7 +157,7 @@ class Supervisor:
                 env=environment,
                 start_new_session=True,
             )
-        _logger.info("%s begins on device %s, attempt %d", row.id, row.gpu, row.attempt)
+        _logger.info("%s begins on device %s, attempt %d", row.id, row.gpu, row.attempt, extra=_context(row))
 
     def _stop(self, row: Row, attempt: Attempt) -> None:
         first = self._asked_to_stop.setdefault(row.id, time.monotonic())
@@ -174,10 +174,12 @@ class Supervisor:
             self._end(row, "failed", str(error))
             return
         self._store.end(row.id, "finished", sha256=sha256, size=size)
+        _logger.info("%s has finished after %d steps", row.id, progress.step, extra=_context(row))
         self._forget(row)
 
     def _end(self, row: Row, status: Literal["failed", "stopped"], error: str) -> None:
         self._store.end(row.id, status, error=error)
+        _logger.warning("%s has %s: %s", row.id, status, error, extra=_context(row))
         self._forget(row)
 
     def _forget(self, row: Row) -> None:
@@ -192,6 +194,17 @@ def _logged(what: str) -> Iterator[None]:
         yield
     except Exception:
         _logger.exception("a look at %s failed; the next one follows", what)
+
+
+def _context(row: Row) -> dict[str, object]:
+    """Fields of a log line: the experiment, and the client's training, dataset and attempt."""
+    return {
+        "experiment": row.id,
+        "run_id": row.idempotency_key,
+        "dataset": row.request.dataset_id,
+        "attempt": row.attempt,
+        "device": row.gpu,
+    }
 
 
 def _last_line(attempt: Attempt) -> str:

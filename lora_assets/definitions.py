@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import dagster as dg
@@ -13,6 +14,7 @@ from lora_assets.checks import ALL_CHECKS, GGUF_CHECK
 from lora_assets.jobs import train_and_export
 from lora_assets.logs import console
 from lora_assets.partitions import dataset_dates
+from lora_assets.run_end import fail_dead_runs, reconcile, report_end
 from lora_assets.settings import Settings, load_settings, on_kubernetes
 from resources.artifact_store import ArtifactStore, ValueStore
 from resources.base_model import BaseModelSource
@@ -20,7 +22,12 @@ from resources.ollama import OllamaServer
 from resources.run_log import RunLog, TrainingRun
 from resources.trainer import LoraTrainer
 from sensors.export_arrival import build_export_arrival_sensor
-from sensors.run_failure import build_cancellation_sensor, build_failure_sensor
+from sensors.run_failure import (
+    build_cancellation_sensor,
+    build_failure_sensor,
+    build_reconciliation_sensor,
+    build_success_sensor,
+)
 
 Values = TypeVar("Values", bound=dg.Config)
 
@@ -71,6 +78,17 @@ def cancel_rows(settings: Settings, dagster_run_id: str, reason: str) -> list[Tr
         if row.backend == trainer.backend and row.training_run_id:
             trainer.cancel(row.training_run_id, settings.layout.work(row.training_run_id))
     return closed
+
+
+def close_what_was_killed(settings: Settings, instance: dg.DagsterInstance) -> list[str]:
+    """End the runs and rows that killed processes left behind; returns what they were, for a person to read.
+
+    Raises:
+        RemoteError: the database stays away.
+    """
+    closed = [f"run {run_id}" for run_id in fail_dead_runs(instance)]
+    with open_run_log(settings) as run_log:
+        return closed + [f"row {row.id}" for row in reconcile(settings, instance, run_log)]
 
 
 def build_trainer(settings: Settings) -> LoraTrainer:
@@ -150,7 +168,12 @@ def build_definitions(settings: Settings) -> dg.Definitions:
                 pattern=settings.pattern,
                 interval_seconds=settings.sensor_interval_seconds,
             ),
-            build_failure_sensor(lambda run_id, reason: [row.id for row in close_rows(settings, run_id, reason)]),
+            build_failure_sensor(
+                lambda run_id, reason: [row.id for row in close_rows(settings, run_id, reason)],
+                partial(report_end, settings),
+            ),
+            build_success_sensor(partial(report_end, settings)),
+            build_reconciliation_sensor(partial(close_what_was_killed, settings)),
             build_cancellation_sensor(lambda run_id, reason: [row.id for row in cancel_rows(settings, run_id, reason)]),
         ],
         resources={

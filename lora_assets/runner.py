@@ -13,6 +13,7 @@ from finetune.dataset.discovery import discover_exports
 from finetune.errors import ConfigurationError, TransientError
 from lora_assets.logs import TAGS
 from lora_assets.outcome import DateOutcome, date_outcome
+from lora_assets.run_end import reconcile, report_end
 from lora_assets.settings import Settings
 from sensors.export_arrival import arrival
 
@@ -64,10 +65,10 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
     started = time.monotonic()
     with _alone(home), dg.DagsterInstance.get() as instance:
         _close_killed_runs(instance, settings)
-        if settings.database_url:
-            # Better now than after hours of preparation.
+        if settings.database_url or settings.layout.postgres.exists():
+            # A database that does not answer is better known now than after hours of preparation.
             with open_run_log(settings) as run_log:
-                run_log.recent(1)
+                reconcile(settings, instance, run_log)
         instance.add_dynamic_partitions(str(dataset_dates.name), [date])
         report_arrival(instance, settings, date)
         result = defs.resolve_job_def(train_and_export.name).execute_in_process(
@@ -78,7 +79,10 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
             # Whoever started the command decides whether it is tried again, not the daemon.
             tags={**TAGS, "dagster/max_retries": "0"},
         )
-        return date_outcome(date, result.success, result.run_id, result.all_events, time.monotonic() - started)
+        seconds = time.monotonic() - started
+        if run := instance.get_run_by_id(result.run_id):
+            report_end(settings, instance, run)
+        return date_outcome(date, result.success, result.run_id, result.all_events, seconds)
 
 
 @contextmanager
@@ -110,6 +114,7 @@ def _close_killed_runs(instance: dg.DagsterInstance, settings: Settings) -> None
         instance.report_run_failed(run, KILLED)
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
         close_rows(settings, run.run_id, KILLED)
+        report_end(settings, instance, instance.get_run_by_id(run.run_id) or run)
 
 
 def report_arrival(instance: dg.DagsterInstance, settings: Settings, date: str) -> None:

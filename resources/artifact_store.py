@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from finetune.errors import ArtifactError
 from finetune.layout import DataLayout, path_part
 from finetune.publishing import write_bytes_atomically
+from resources.retries import no_retry_if_permanent
 
 
 class ArtifactStore(dg.ConfigurableResource):  # type: ignore[type-arg]
@@ -50,16 +51,17 @@ class ValueStore(dg.ConfigurableIOManager):
         """Read the value back as the type that the consumer's parameter is annotated with.
 
         Raises:
-            ArtifactError: it was never materialized for this partition.
+            Failure: it was never materialized for this partition, which trying again does not change.
         """
         partition = context.asset_partition_key if context.has_asset_partitions else None
         path = self.path_of(context.asset_key, partition)
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError as error:
-            raise ArtifactError(
-                f"{context.asset_key.to_user_string()} was never materialized for {partition}",
-                where=path,
-                remedy="Materialize it first",
-            ) from error
+        with no_retry_if_permanent():
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError as error:
+                raise ArtifactError(
+                    f"{context.asset_key.to_user_string()} was never materialized for {partition}",
+                    where=path,
+                    remedy="Materialize it first",
+                ) from error
         return TypeAdapter(context.dagster_type.typing_type).validate_json(content)

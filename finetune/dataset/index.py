@@ -130,6 +130,10 @@ def index_files(
             read_manifest(path, kind=_KIND)
         except ArtifactError:
             missing.setdefault(path, (file, fingerprint))
+        else:
+            # Its age counts from its last use.
+            with contextlib.suppress(OSError):
+                os.utime(path)
     if missing:
         blocks = sum(len(fingerprint.blocks) for _, fingerprint in missing.values())
         with scanning(min(workers, blocks)) as scanner:

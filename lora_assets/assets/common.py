@@ -2,18 +2,17 @@
 
 import base64
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
 import dagster as dg
 
-from finetune.errors import ConfigurationError, PermanentError
+from finetune.errors import ConfigurationError
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import read_manifest
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import load_settings
+from resources.retries import RETRY_POLICY
 
 SETTINGS = load_settings()
 PREFIX = SETTINGS.pipeline_name
@@ -27,9 +26,10 @@ class AssetArguments(TypedDict):
     key_prefix: str
     partitions_def: dg.PartitionsDefinition[str]
     owners: list[str]
+    retry_policy: dg.RetryPolicy
 
 
-COMMON = AssetArguments(key_prefix=PREFIX, partitions_def=dataset_dates, owners=OWNERS)
+COMMON = AssetArguments(key_prefix=PREFIX, partitions_def=dataset_dates, owners=OWNERS, retry_policy=RETRY_POLICY)
 
 
 def key(name: str) -> dg.AssetKey:
@@ -56,15 +56,6 @@ def log_progress(context: dg.AssetExecutionContext | dg.AssetCheckExecutionConte
             context.log.info(str(event))
 
     return report
-
-
-@contextmanager
-def no_retry_if_permanent() -> Iterator[None]:
-    """End the step at once where trying again cannot help; passing errors are left to its retry policy."""
-    try:
-        yield
-    except PermanentError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from error
 
 
 def choice(type_of_choice: Any, name: str, value: str) -> Any:

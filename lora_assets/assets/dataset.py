@@ -26,6 +26,7 @@ from lora_assets.assets.common import (
 from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
+from resources.retries import no_retry_if_permanent
 
 brain_exports = dg.AssetSpec(
     key=dg.AssetKey([PREFIX, "brain_exports"]),
@@ -54,6 +55,7 @@ class DatasetConfig(dg.Config):
     description="One training file and its held-out split, the rejects and the manifest. Every line is validated, "
     "exact duplicates are dropped, and the split is decided by the prompt alone.",
 )
+@no_retry_if_permanent()
 def merged_dataset(
     context: dg.AssetExecutionContext, config: DatasetConfig, store: ArtifactStore
 ) -> dg.MaterializeResult[PreparedDataset]:
@@ -115,6 +117,7 @@ def merged_dataset(
     code_version="1",
     description="Counts, columns and exact token statistics with the base model's own tokenizer and chat template.",
 )
+@no_retry_if_permanent()
 def dataset_profile(
     context: dg.AssetExecutionContext, merged_dataset: PreparedDataset, base_model: BaseModelSource
 ) -> dg.MaterializeResult[DatasetProfile]:

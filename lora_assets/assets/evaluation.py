@@ -31,6 +31,7 @@ from lora_assets.kubernetes import gpu_step
 from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
+from resources.retries import RETRY_POLICY, no_retry_if_permanent
 
 # What the registry keeps of an evaluation.
 EVALUATED = (
@@ -56,6 +57,7 @@ OF_ANSWERS = ("exact_match", "base_exact_match", "chrf", "base_chrf")
     op_tags=gpu_step(),
     description="Base against adapter, and against the reigning champion, on held-out data: JSON, HTML and plots.",
 )
+@no_retry_if_permanent()
 def eval_report(
     context: dg.AssetExecutionContext,
     adapter: TrainingResult,
@@ -148,6 +150,7 @@ class PromotionConfig(dg.Config):
     ins=made_from("adapter", "eval_report", "merged_dataset", "training_plan"),
     partitions_def=dataset_dates,
     can_subset=False,
+    retry_policy=RETRY_POLICY,
 )
 def registered_adapter(
     context: dg.AssetExecutionContext,

@@ -10,6 +10,7 @@ from lora_assets.assets.common import COMMON, SETTINGS, choice, log_progress, ma
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.ollama import CHAMPION_TAG, OllamaServer
+from resources.retries import no_retry_if_permanent
 
 VALIDATION_PROMPTS = 8
 
@@ -29,6 +30,7 @@ class MergeConfig(dg.Config):
     code_version="1",
     description="Base + adapter as one model in Hugging Face's layout, for transformers and vLLM.",
 )
+@no_retry_if_permanent()
 def merged_model(
     context: dg.AssetExecutionContext,
     config: MergeConfig,
@@ -86,6 +88,7 @@ class GgufConfig(dg.Config):
     code_version="1",
     description="Merged model, base model and adapter as GGUF, each verified by a llama.cpp runtime.",
 )
+@no_retry_if_permanent()
 def gguf(
     context: dg.AssetExecutionContext,
     config: GgufConfig,
@@ -150,6 +153,7 @@ def gguf(
     description="Modelfile (base + adapter) and Modelfile.merged; with OLLAMA_HOST set, the model on that server, "
     "and its tag `champion`.",
 )
+@no_retry_if_permanent()
 def modelfile(
     context: dg.AssetExecutionContext,
     gguf: GgufExport,
@@ -193,6 +197,7 @@ def modelfile(
     code_version="1",
     description="LM Studio's folder layout with the quantized GGUF, model.yaml and lmstudio_config.json.",
 )
+@no_retry_if_permanent()
 def lmstudio_export(
     context: dg.AssetExecutionContext, gguf: GgufExport, base_model: BaseModelSource, store: ArtifactStore
 ) -> dg.MaterializeResult[LmStudioExport]:

@@ -23,7 +23,6 @@ from lora_assets.assets.common import (
     choice,
     log_progress,
     made_from,
-    no_retry_if_permanent,
     path,
     picture,
     published_files,
@@ -34,6 +33,7 @@ from lora_assets.logs import TAGS
 from lora_assets.recording import logged_figures, measurement_of
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
+from resources.retries import no_retry_if_permanent
 from resources.run_log import RunLog
 from resources.trainer import LoraTrainer
 
@@ -68,6 +68,7 @@ class PlanConfig(dg.Config):
     code_version="1",
     description="Trial configuration, search space and memory estimate, each choice with its reason.",
 )
+@no_retry_if_permanent()
 def training_plan(
     context: dg.AssetExecutionContext,
     config: PlanConfig,
@@ -120,7 +121,6 @@ def training_plan(
     group_name="training",
     kinds={"pytorch", "huggingface"} if TRAINS_HERE else {"h2o"},
     code_version="1",
-    retry_policy=dg.RetryPolicy(max_retries=2, delay=10),
     # Waiting for another machine's GPU takes none here.
     pool="gpu" if TRAINS_HERE else None,
     op_tags=gpu_step(SETTINGS.train_processes or 1) if TRAINS_HERE else None,

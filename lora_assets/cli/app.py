@@ -13,6 +13,7 @@ from lora_assets.cli import (
     deletions,
     demo,
     experiment,
+    gc,
     migrate,
     plan,
     push,
@@ -40,6 +41,7 @@ app.command(epilog="Example: lora-assets migrate")(migrate.migrate)
 tools.dataset_app.command(epilog="Example: lora-assets dataset deletions --list deletions.txt")(deletions.deletions)
 app.add_typer(tools.dataset_app, name="dataset")
 app.add_typer(registry.app, name="registry")
+app.command(epilog="Example: lora-assets gc --dry-run")(gc.gc)
 app.add_typer(experiment.app, name="experiment")
 app.command("export-samples", epilog="Example: lora-assets export-samples --since 2026-06-01 --until 2026-06-02")(
     samples.export_samples
