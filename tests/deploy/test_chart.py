@@ -201,6 +201,8 @@ def test_the_schema_knows_every_setting_that_is_no_secret() -> None:
 @pytest.mark.parametrize("overlays", OVERLAYS)
 def test_our_values_are_good_settings(overlays: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    # Of the Secret.
+    monkeypatch.setenv("DATABASE_URL", "postgresql://me@postgres/lora")
     for name, value in values(*overlays)["settings"].items():
         monkeypatch.setenv(name, value)
     Settings()

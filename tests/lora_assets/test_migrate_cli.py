@@ -33,7 +33,7 @@ def test_an_empty_database_gets_the_tables_and_a_second_time_changes_nothing(ser
     assert tables(server.url) == set()
     first = CliRunner().invoke(app, ["migrate", "--json"])
     assert first.exit_code == 0, first.output
-    assert json.loads(first.output) == {"status": "completed"}
+    assert json.loads(first.stdout) == {"status": "completed"}
     made = tables(server.url)
     assert {"lora_training_runs", "lora_assets_migrations"} <= made
     assert CliRunner().invoke(app, ["migrate"]).exit_code == 0
