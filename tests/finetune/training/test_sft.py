@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from finetune.adapter_files import adapter_hash
@@ -12,6 +13,7 @@ from finetune.base_model.models import BaseModelRef
 from finetune.export.serving import vllm_refusal
 from finetune.progress import ProgressEvent
 from finetune.publishing import read_manifest
+from finetune.training.attempt import read_records
 from finetune.training.models import TrainingRequest, TrainingResult
 from finetune.training.sft import dry_run, train_adapter
 
@@ -154,6 +156,38 @@ def test_every_method_learns_and_plain_peft_repeats_what_it_learned(
     losses = [point.loss for point in result.loss_curve]
     assert losses[-1] < losses[0]
     assert not torch.allclose(logits_of(request, request.adapter_dir), logits_of(request, None), atol=1e-4)
+
+
+def test_records_of_every_format_are_trained_on_the_assistant_s_side_alone(make_request: MakeRequest) -> None:
+    from tokenizers import Tokenizer
+
+    turns = [
+        ("user", "human", "Q4?"),
+        ("assistant", "gpt", "A4."),
+        ("user", "human", "Q5?"),
+        ("assistant", "gpt", "A5."),
+    ]
+    records = [
+        {"instruction": "Q1?", "input": "I1", "output": "A1."},
+        {"prompt": "Q2?", "completion": "A2."},
+        {"system": "S3", "instruction": "Q3?", "output": "A3."},
+        {"messages": [{"role": role, "content": text} for role, _, text in turns]},
+        {"conversations": [{"from": name, "value": text} for _, name, text in turns]},
+        {"text": "T6."},
+    ]
+    request = make_request(records=records, micro_batch=6, accumulation=1, max_steps=1)
+    data = read_records(request)
+    tokenizer = Tokenizer.from_file(str(request.base_model.path / "tokenizer.json"))
+    ends = data.offsets[1:-1]
+    learned = [
+        tokenizer.decode([token for token in labels.tolist() if token >= 0], skip_special_tokens=False)
+        for labels in np.split(data.labels, ends)
+    ]
+    end = "<|im_end|>"
+    several = f"A4.{end}A5.{end}"
+    assert learned == [f"A1.{end}", f"A2.{end}", f"A3.{end}", several, several, f"T6.{end}"]
+    # The trainer's own first batch, of all six, is compared with these labels before the step.
+    assert train_adapter(request).training_steps == 1
 
 
 def test_packed_and_padded_batches_give_the_same_losses(make_request: MakeRequest) -> None:
