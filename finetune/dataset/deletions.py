@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 from pydantic import BaseModel, ConfigDict
@@ -26,7 +26,9 @@ from finetune.dataset.sources import read_rows
 from finetune.errors import ArtifactError, ConfigurationError
 from finetune.layout import DataLayout
 from finetune.publishing import is_complete, sha256_json
-from finetune.registry.models import RegisteredVersion
+
+if TYPE_CHECKING:
+    from finetune.registry.models import RegisteredVersion
 
 _CONTENT = re.compile(r"content:([0-9a-f]{32})", re.IGNORECASE)
 

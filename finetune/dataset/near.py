@@ -16,7 +16,6 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Literal
 from unicodedata import normalize
 
@@ -53,6 +52,9 @@ class NearDuplicate:
 
 def rules() -> str:
     """What a result depends on besides the texts: our rules and the release of datasketch."""
+    # Every validating process imports this module, and that one would take a sixth of its start.
+    from importlib.metadata import version
+
     return f"{_RULES_VERSION}, datasketch {version('datasketch')}"
 
 

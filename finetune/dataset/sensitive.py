@@ -20,7 +20,6 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 from importlib import import_module
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 _RULES_VERSION = 1
@@ -64,6 +63,9 @@ class Finding(NamedTuple):
 
 def rules() -> str:
     """What a result depends on besides the text: our rules and the release of detect-secrets."""
+    # Every validating process imports this module, and that one would take a sixth of its start.
+    from importlib.metadata import version
+
     return f"{_RULES_VERSION}, detect-secrets {version('detect-secrets')}"
 
 
