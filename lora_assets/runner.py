@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 import dagster as dg
 
 from finetune.dataset.discovery import discover_exports
 from finetune.errors import ConfigurationError, TransientError
+from lora_assets.interrupts import ends_while_it_waits
 from lora_assets.logs import TAGS
 from lora_assets.outcome import DateOutcome, date_outcome
 from lora_assets.run_end import reconcile, report_end
@@ -71,14 +73,24 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
                 reconcile(settings, instance, run_log)
         instance.add_dynamic_partitions(str(dataset_dates.name), [date])
         report_arrival(instance, settings, date)
-        result = defs.resolve_job_def(train_and_export.name).execute_in_process(
-            instance=instance,
-            partition_key=date,
-            raise_on_error=False,
-            run_config={"loggers": {"console": {}}},
-            # Whoever started the command decides whether it is tried again, not the daemon.
-            tags={**TAGS, "dagster/max_retries": "0"},
-        )
+        run_id = str(uuid4())
+
+        def close(reason: str) -> None:
+            if run := instance.get_run_by_id(run_id):
+                instance.report_run_canceled(run, reason)
+                instance.event_log_storage.free_concurrency_slots_for_run(run_id)
+                report_end(settings, instance, instance.get_run_by_id(run_id) or run)
+
+        with ends_while_it_waits(instance, run_id, close):
+            result = defs.resolve_job_def(train_and_export.name).execute_in_process(
+                instance=instance,
+                run_id=run_id,
+                partition_key=date,
+                raise_on_error=False,
+                run_config={"loggers": {"console": {}}},
+                # Whoever started the command decides whether it is tried again, not the daemon.
+                tags={**TAGS, "dagster/max_retries": "0"},
+            )
         seconds = time.monotonic() - started
         if run := instance.get_run_by_id(result.run_id):
             report_end(settings, instance, run)
