@@ -53,6 +53,7 @@ class HashedFile:
         Raises:
             OSError: an earlier piece could not be written.
         """
+        self._write_gathered()
         if len(self._pending) == _PIECES - 1:
             self._pending.popleft().result()
         self._buffers.rotate()
@@ -71,7 +72,6 @@ class HashedFile:
         rest = memoryview(data)
         while rest:
             if not self._free:
-                self._write_gathered()
                 self._gathered = self._free = self.buffer()
             size = min(len(rest), len(self._free))
             self._free[:size] = rest[:size]

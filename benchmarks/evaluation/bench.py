@@ -185,7 +185,7 @@ def main() -> None:
 
 
 def _parameters(model: Path) -> int:
-    from finetune.export.streaming import read_safetensors_header, shard_paths
+    from finetune.export.safetensors_files import read_safetensors_header, shard_paths
 
     return sum(tensor.size // 4 for shard in shard_paths(model) for tensor in read_safetensors_header(shard).values())
 

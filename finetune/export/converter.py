@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME
 from finetune.errors import ConfigurationError, ExportError
-from finetune.export.adapter import read_lora_pairs, read_peft_config
+from finetune.export.adapter import read_peft_config
+from finetune.export.updates import read_lora_pairs
 
 Precision = Literal["F32", "F16", "BF16"]
 _SCRIPT = Path(__file__).with_name("llama_cpp_script.py")

@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.adapter_files import adapter_hash
 from finetune.errors import ArtifactError, BaseModelError
-from finetune.export.adapter import read_peft_config, read_updates
+from finetune.export.adapter import read_peft_config
 from finetune.export.card import merged_card
 from finetune.export.merge_check import check_merge
+from finetune.export.merge_plan import plan_merge
 from finetune.export.models import MergedModel
 from finetune.export.peft_merge import merge_through_peft, refuse_unmergeable
 from finetune.export.quantized_base import measure_quantization_cost, trained_on_quantized_base
-from finetune.export.streaming import can_stream, merge_streaming, read_safetensors_header, shard_paths
+from finetune.export.safetensors_files import INDEX_NAME, count_parameters, shard_paths
+from finetune.export.streaming import merge_streaming
+from finetune.export.updates import read_updates
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import find_published, publish_directory
 
@@ -27,7 +30,6 @@ if TYPE_CHECKING:
 OutputFormat = Literal["safetensors", "pytorch"]
 KIND = "merged_model"
 __all__ = ["check_merge", "merge_adapter"]
-INDEX_NAME = "model.safetensors.index.json"
 # All that a loader reads beside the weights: configuration, generation defaults, tokenizer, chat template.
 _COMPANIONS = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.py")
 _TOKENIZER_FILES = (
@@ -53,9 +55,9 @@ def merge_adapter(
 ) -> MergedModel:
     """Merge an adapter into its base and publish the result.
 
-    LoRA (also rsLoRA, alpha and rank patterns, DoRA, whole modules) is streamed tensor by tensor, plain
-    LoRA bitwise equal to peft's default merge; anything else goes through peft itself. With `validate_on`,
-    the merged model must equal base + adapter on those prompts (`check_merge`) before it is published, and what merging
+    What changes tensors one by one (LoRA with its variants, whole modules, added and trained tokens, IA3) is streamed,
+    plain LoRA bitwise equal to peft's default merge; anything else goes through peft itself. With `validate_on`, the
+    merged model must equal base + adapter on those prompts (`check_merge`) before it is published, and what merging
     costs an adapter that was trained on a quantized base (QLoRA) is measured.
 
     Args:
@@ -88,20 +90,18 @@ def merge_adapter(
     with publish_directory(output_dir, kind=KIND) as staging:
         _copy_companions(base_model.path, adapter_path, staging.path)
         updates = read_updates(adapter_path, config)
-        streamed = updates is not None and can_stream(base_model.path, updates)
-        if updates is not None and streamed:
-            if (base_model.path / INDEX_NAME).is_file():
-                shutil.copyfile(base_model.path / INDEX_NAME, staging.path / INDEX_NAME)
-            staging.digests = merge_streaming(
-                base_model.path,
-                updates,
-                staging.path,
-                lambda done: on_progress(ProgressEvent("merge", done, len(updates), "tensors")),
-            )
-            merged_tensors = len(updates)
-        else:
+        plan = None if updates is None else plan_merge(base_model.path, updates)
+        if plan is None:
             merged_tensors = merge_through_peft(base_model.path, adapter_path, config, staging.path)
-        parameters = _count_parameters(staging.path)
+        else:
+            merged_tensors = plan.changed
+            _change_json(staging.path / "config.json", plan.config)
+            staging.digests = merge_streaming(
+                plan,
+                staging.path,
+                lambda done: on_progress(ProgressEvent("merge", done, merged_tensors, "tensors")),
+            )
+        parameters = count_parameters(staging.path)
         # The comparison reads what the loaders of both formats read, so it comes after the change of format.
         if output_format == "pytorch":
             _to_pytorch(staging.path)
@@ -122,7 +122,7 @@ def merge_adapter(
             path=output_dir,
             run_id=run_id,
             output_format=output_format,
-            method="streaming" if streamed else "peft",
+            method="peft" if plan is None else "streaming",
             merged_tensors=merged_tensors,
             total_parameters=parameters,
             size=sum(file.stat().st_size for file in staging.path.iterdir()),
@@ -193,15 +193,9 @@ def _vocabulary(model: Path) -> int:
         ) from error
 
 
-def _count_parameters(model: Path) -> int:
-    total = 0
-    for shard in shard_paths(model):
-        for tensor in read_safetensors_header(shard).values():
-            count = 1
-            for dimension in tensor.shape:
-                count *= dimension
-            total += count
-    return total
+def _change_json(path: Path, entries: dict[str, Any]) -> None:
+    if entries:
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | entries, indent=2) + "\n", encoding="utf-8")
 
 
 def _to_pytorch(model: Path) -> None:

@@ -1,4 +1,4 @@
-"""Merging through peft itself: everything that is more than plain LoRA over safetensors."""
+"""Merging through peft itself: what cannot be merged tensor by tensor, and bases that are not safetensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from finetune.errors import ExportError
 from finetune.evaluation.adapters import load_adapter
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch.nn import Module
 
 # Methods that add virtual tokens in front of the input: there is no weight to add them to.
 _VIRTUAL_TOKENS = {"PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT"}
@@ -54,9 +54,10 @@ def merge_through_peft(model_path: Path, adapter_path: Path, config: Mapping[str
     added = _added_rows(adapter_path, base.get_input_embeddings().weight.shape[0])
     if added:
         base.resize_token_embeddings(added)
-    if _touches_embeddings(adapter_path, config):
-        _untie(base)
+    embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     model = load_adapter(base, adapter_path)
+    if (base.get_input_embeddings(), base.get_output_embeddings()) != (embeddings, head):
+        _untie(embeddings, head)
     if not hasattr(model, "merge_and_unload"):
         raise ExportError(
             f"peft cannot merge an adapter of type {config['peft_type']}",
@@ -77,32 +78,21 @@ def merge_through_peft(model_path: Path, adapter_path: Path, config: Mapping[str
     return count
 
 
-def _adapter_tensors(adapter_path: Path) -> dict[str, tuple[int, ...]]:
+def _added_rows(adapter_path: Path, rows: int) -> int | None:
+    """The vocabulary's new size where the adapter was trained with added tokens."""
     from safetensors import safe_open
 
     with safe_open(adapter_path / "adapter_model.safetensors", "pt") as tensors:
-        return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118 - not a dict
-
-
-def _added_rows(adapter_path: Path, rows: int) -> int | None:
-    """The vocabulary's new size where the adapter was trained with added tokens."""
-    for name, shape in _adapter_tensors(adapter_path).items():
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")) and shape[0] > rows:
-            return shape[0]
+        for name in tensors.keys():  # noqa: SIM118 - not a dict
+            brought = tensors.get_slice(name).get_shape()[0]
+            if name.endswith(("embed_tokens.weight", "lm_head.weight")) and brought > rows:
+                return int(brought)
     return None
 
 
-def _touches_embeddings(adapter_path: Path, config: Mapping[str, Any]) -> bool:
-    return bool(config.get("trainable_token_indices")) or any(
-        "embed_tokens" in name or "lm_head" in name for name in _adapter_tensors(adapter_path)
-    )
-
-
-def _untie(model: PreTrainedModel) -> None:
-    """Give the head its own weight: merging into a shared one would change both ends of the model."""
+def _untie(embeddings: Module, head: Module | None) -> None:
+    """Give the head its own weight: what is merged into a shared one would change both ends of the model."""
     import torch
 
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and head.weight is embeddings.weight:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
-        model.config.tie_word_embeddings = False

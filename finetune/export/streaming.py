@@ -1,121 +1,31 @@
-"""Merging LoRA tensor by tensor, with no whole model in memory.
+"""Merging tensor by tensor, with no whole model in memory.
 
-Each shard is read, changed, hashed and written in pieces that fit into a core's cache: peak memory is one tensor's
+Each tensor is read, changed, hashed and written in pieces that fit into a core's cache: peak memory is one tensor's
 update. The sum is taken in float32 and cast once, as peft does.
 """
 
 from __future__ import annotations
 
 import json
-import struct
-from collections.abc import Callable
-from dataclasses import dataclass
-from io import SEEK_CUR, FileIO
+import math
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import BaseModelError, ExportError
-from finetune.export.adapter import LoraPair, Updates
+from finetune.export.merge_plan import FLOAT_TYPES, MergedTensor, MergePlan
+from finetune.export.safetensors_files import INDEX_NAME, safetensors_header
 from finetune.hashed_file import PIECE, HashedFile
 
 if TYPE_CHECKING:
     import torch
 
-# For float64, which no language model is published in, peft computes the update in float64 too.
-_SAFETENSORS_FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
+def merge_streaming(plan: MergePlan, output: Path, on_tensor: Callable[[int], Any]) -> dict[str, str]:
+    """Write the shards of a plan, and their index where there are several, into `output`.
 
-@dataclass(frozen=True)
-class _Tensor:
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    size: int
-
-
-def read_safetensors_header(path: Path) -> dict[str, _Tensor]:
-    """Names, types and places (absolute offsets) of a safetensors file's tensors (format version 1).
-
-    Raises:
-        BaseModelError: the file is cut short or no safetensors file.
-    """
-    remedy = "Download the base model again"
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        length = stream.read(8)
-        header_size = struct.unpack("<Q", length)[0] if len(length) == 8 else size
-        if 8 + header_size > size:
-            raise BaseModelError("not a whole safetensors file", where=path, remedy=remedy)
-        try:
-            header = json.loads(stream.read(header_size))
-        except ValueError as error:
-            raise BaseModelError(f"unreadable safetensors header: {error}", where=path, remedy=remedy) from error
-    start = 8 + header_size
-    tensors = {
-        name: _Tensor(
-            entry["dtype"],
-            tuple(entry["shape"]),
-            start + entry["data_offsets"][0],
-            entry["data_offsets"][1] - entry["data_offsets"][0],
-        )
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
-    if tensors and max(tensor.offset + tensor.size for tensor in tensors.values()) > size:
-        raise BaseModelError("the safetensors file is cut short", where=path, remedy=remedy)
-    return tensors
-
-
-def shard_paths(model_path: Path) -> list[Path]:
-    """The safetensors files that hold a model in Hugging Face's layout, in name order; none if it has none."""
-    index = model_path / "model.safetensors.index.json"
-    if index.is_file():
-        return sorted({model_path / name for name in json.loads(index.read_bytes())["weight_map"].values()})
-    single = model_path / "model.safetensors"
-    return [single] if single.is_file() else []
-
-
-def can_stream(model_path: Path, updates: Updates) -> bool:
-    """Whether every update finds its tensor, by name, shape and type, in the model's safetensors files."""
-    tensors: dict[str, _Tensor] = {}
-    for shard in shard_paths(model_path):
-        tensors.update(read_safetensors_header(shard))
-    shapes = [tensor.shape for tensor in tensors.values()]
-    tied = json.loads((model_path / "config.json").read_bytes()).get("tie_word_embeddings", False)
-
-    def fits(name: str, shape: tuple[int, ...]) -> bool:
-        tensor = tensors.get(name)
-        if tensor is None or tensor.dtype not in _SAFETENSORS_FLOATS or tensor.shape != shape or not shape:
-            return False
-        # A row is merged at a time at least.
-        return tensor.size // shape[0] <= PIECE
-
-    def pair_fits(module: str, pair: LoraPair) -> bool:
-        shape = (pair.b.shape[0], pair.a.shape[1])
-        if pair.fan_in_fan_out and pair.magnitude is not None:
-            # DoRA's rows are columns here.
-            return False
-        return fits(f"{module}.weight", shape[::-1] if pair.fan_in_fan_out else shape)
-
-    def replacement_fits(name: str, tensor: torch.Tensor) -> bool:
-        shape = tuple(tensor.shape)
-        # Replacing one of two tied tensors would replace the other too. Without one of its own, a head is tied.
-        shared = any(part in name for part in ("embed", "wte", "lm_head")) and (tied or shapes.count(shape) < 2)
-        return fits(name, shape) and not shared
-
-    return (
-        len(updates) > 0
-        and all(pair_fits(module, pair) for module, pair in updates.pairs.items())
-        and all(replacement_fits(name, tensor) for name, tensor in updates.replaced.items())
-    )
-
-
-def merge_streaming(
-    model_path: Path, updates: Updates, output: Path, on_tensor: Callable[[int], Any]
-) -> dict[str, str]:
-    """Write the base's shards with an adapter's updates into `output`; returns each one's SHA-256 by its name.
-
-    Call it only where `can_stream` holds. `on_tensor` is called with the number of merged tensors.
+    `on_tensor` is called with the number of changed tensors. Returns each shard's SHA-256 by its name.
 
     Raises:
         BaseModelError: a shard is cut short.
@@ -125,31 +35,40 @@ def merge_streaming(
     import torch
 
     digests = {}
-    merged = 0
-    scratch = torch.empty(max((pair.size for pair in updates.pairs.values()), default=0))
-    for shard in shard_paths(model_path):
-        tensors = sorted(read_safetensors_header(shard).items(), key=lambda item: item[1].offset)
-        with shard.open("rb", buffering=0) as source, HashedFile(output / shard.name) as target:
-            for name, tensor in tensors:
-                pair = updates.pairs.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-                replacement = updates.replaced.get(name)
-                if pair is None and replacement is None:
-                    continue
-                _copy(source, target, tensor.offset - source.tell())
-                if replacement is not None:
-                    finite = _replace(source, target, tensor, replacement)
-                elif pair is not None:
-                    finite = _add(source, target, tensor, pair, scratch)
-                if not finite:
+    done = 0
+    every = [tensor for shard in plan.shards.values() for tensor in shard.values()]
+    scratch = torch.empty(max((math.prod(tensor.source.shape) for tensor in every if tensor.change), default=0))
+    for shard, tensors in plan.shards.items():
+        with HashedFile(output / shard) as target:
+            target.append(
+                safetensors_header(
+                    {name: (tensor.dtype, tensor.source.shape, tensor.size) for name, tensor in tensors.items()}
+                )
+            )
+            for name, tensor in tensors.items():
+                if tensor.copied:
+                    with tensor.source.file.open("rb", buffering=0) as source:
+                        source.seek(tensor.source.offset)
+                        _copy(source, target, tensor.size)
+                elif not _merge(tensor, target, scratch):
                     raise ExportError(
                         f"merging {name} gives numbers that are not finite",
-                        where=shard,
+                        where=tensor.source.file,
                         remedy="The adapter is broken: train it again with a lower learning rate",
                     )
-                merged += 1
-                on_tensor(merged)
-            _copy(source, target, shard.stat().st_size - source.tell())
-        digests[shard.name] = target.sha256
+                if tensor.changed:
+                    done += 1
+                    on_tensor(done)
+        digests[shard] = target.sha256
+    if len(plan.shards) > 1:
+        index = {
+            "metadata": {
+                "total_parameters": sum(math.prod(tensor.source.shape) for tensor in every),
+                "total_size": sum(tensor.size for tensor in every),
+            },
+            "weight_map": {name: shard for shard, tensors in plan.shards.items() for name in tensors},
+        }
+        (output / INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return digests
 
 
@@ -162,47 +81,38 @@ def _copy(source: FileIO, target: HashedFile, size: int) -> None:
         size -= len(piece)
 
 
-def _add(source: FileIO, target: HashedFile, tensor: _Tensor, pair: LoraPair, scratch: torch.Tensor) -> bool:
-    """Copy a tensor with the pair's update added; returns whether all of it is finite."""
+def _merge(tensor: MergedTensor, target: HashedFile, scratch: torch.Tensor) -> bool:
+    """Write a tensor with its change made; returns whether all of it is finite."""
     import torch
 
-    dtype = getattr(torch, _SAFETENSORS_FLOATS[tensor.dtype])
-    rows = PIECE // (tensor.size // tensor.shape[0])
+    dtype = getattr(torch, FLOAT_TYPES[tensor.dtype])
+    merge = tensor.change.merger(scratch, lambda: _rows(tensor)) if tensor.change else None
     finite = True
-    for number, delta in enumerate(pair.delta(scratch).split(rows)):
-        piece = target.buffer()[: delta.numel() * dtype.itemsize]
-        _fill(source, piece)
-        weight = torch.frombuffer(piece, dtype=dtype).view(delta.shape)
+    for weight, start in _rows(tensor):
+        merged = merge(weight, start) if merge else weight
+        piece = target.buffer()[: merged.numel() * dtype.itemsize]
         # Rounded once; both conversions are much faster than adding numbers of two types.
-        merged = weight.float().add_(delta)
-        if pair.magnitude is not None:
-            length = pair.magnitude[number * rows :][: len(merged)] / torch.linalg.norm(merged, dim=1)
-            merged.mul_(length[:, None])
-        finite = _write(target, piece, weight.copy_(merged)) and finite
+        written = torch.frombuffer(piece, dtype=dtype).copy_(merged.view(-1))
+        # One pass without a temporary: infinities and NaN survive a sum. Looked at before the thread has the piece.
+        finite = bool(torch.isfinite(written.sum(dtype=torch.float32))) and finite
+        target.write(piece)
     return finite
 
 
-def _replace(source: FileIO, target: HashedFile, tensor: _Tensor, replacement: torch.Tensor) -> bool:
-    """Write `replacement` in the place of a tensor; returns whether all of it is finite."""
+def _rows(tensor: MergedTensor) -> Iterator[tuple[torch.Tensor, int]]:
+    """What lies at a tensor's source: float32 (rows, columns), to be used at once, and the first row's number."""
     import torch
 
-    dtype = getattr(torch, _SAFETENSORS_FLOATS[tensor.dtype])
-    finite = True
-    for part in replacement.reshape(-1).split(PIECE // dtype.itemsize):
-        piece = target.buffer()[: len(part) * dtype.itemsize]
-        finite = _write(target, piece, torch.frombuffer(piece, dtype=dtype).copy_(part)) and finite
-    source.seek(tensor.size, SEEK_CUR)
-    return finite
-
-
-def _write(target: HashedFile, piece: memoryview, weight: torch.Tensor) -> bool:
-    """Write a piece that holds `weight`; returns whether all of it is finite."""
-    import torch
-
-    # One pass without a temporary: infinities and NaN survive a sum. Looked at before the thread has the piece.
-    finite = bool(torch.isfinite(weight.sum(dtype=torch.float32)))
-    target.write(piece)
-    return finite
+    dtype = getattr(torch, FLOAT_TYPES[tensor.source.dtype])
+    count, columns = tensor.source.shape[0], math.prod(tensor.source.shape[1:])
+    together = PIECE // (columns * max(dtype.itemsize, tensor.size // (count * columns)))
+    buffer = memoryview(bytearray(PIECE))
+    with tensor.source.file.open("rb", buffering=0) as source:
+        source.seek(tensor.source.offset)
+        for start in range(0, count, together):
+            piece = buffer[: min(together, count - start) * columns * dtype.itemsize]
+            _fill(source, piece)
+            yield torch.frombuffer(piece, dtype=dtype).view(-1, columns).float(), start
 
 
 def _fill(source: FileIO, piece: memoryview) -> None:
@@ -211,6 +121,8 @@ def _fill(source: FileIO, piece: memoryview) -> None:
         count = source.readinto(piece[filled:])
         if not count:
             raise BaseModelError(
-                "the file ended while it was read", where=source.name, remedy="Download the base model again"
+                "the file ended while it was read",
+                where=source.name,
+                remedy="Download the base model again",
             )
         filled += count
