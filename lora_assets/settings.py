@@ -128,6 +128,11 @@ class Settings(BaseSettings):
         None, gt=0, description="A training that is estimated to take longer does not start; unset: no limit."
     )
     seed: int = Field(42, description="Seed of everything random.")
+    adopt_trial: str | None = Field(
+        None,
+        pattern=r"^[0-9a-f]{64}$",
+        description="SHA-256 of an experiment's best configuration, which the plan then is; unset: the plan chooses.",
+    )
     train_processes: int | None = Field(
         None, ge=1, description="Processes of a local training; unset: one a GPU, or one where there is none."
     )
@@ -371,6 +376,8 @@ class Settings(BaseSettings):
             "seed",
         )
         recipe = {name: getattr(self, name) for name in names}
+        if self.adopt_trial:
+            recipe["adopt_trial"] = self.adopt_trial
         # Options that are off leave dates as they are; the deletion list decides by its entries.
         parameters = self.prepare_parameters
         deciding = parameters.deciding(parameters.deletions())

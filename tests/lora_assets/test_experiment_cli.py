@@ -2,10 +2,19 @@
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
+
+from finetune.base_model.models import BaseModelRef
+from finetune.publishing import read_manifest
 
 PROGRAM = str(Path(sys.executable).with_name("lora-assets"))
 
@@ -49,3 +58,127 @@ def test_a_question_that_is_none_is_told_without_a_traceback(tmp_path: Path) -> 
     assert bad.returncode == 1
     assert "question.json" in bad.stderr
     assert "Traceback" not in bad.stderr
+
+
+SPEC = """
+goal: the lowest held-out loss
+dataset_path: records.jsonl
+max_trials: 2
+stop_patience: null
+budget_gpu_hours: 1.0
+methods: [lora, prefix]
+strategy: random
+tokens_per_second: 1000
+auto_merge: true
+parameters: [learning_rate, lora_rank, virtual_tokens]
+fixed: {max_steps: 8, micro_batch: 1, accumulation: 1, max_length: 64}
+"""
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """A directory with an experiment, whose path is short enough for the socket of an embedded server."""
+    with tempfile.TemporaryDirectory(prefix="la-", dir="/tmp") as short:
+        lines = [json.dumps({"instruction": f"Question {i}?", "output": f"Answer {i}."}) + "\n" for i in range(30)]
+        Path(short, "records.jsonl").write_text("".join(lines))
+        Path(short, "spec.yaml").write_text(SPEC)
+        yield Path(short)
+
+
+def test_a_dry_run_proposes_and_prices_all_trials_without_a_training_library(
+    directory: Path, tiny_model: BaseModelRef
+) -> None:
+    script = (
+        "import sys\n"
+        "from lora_assets.cli.app import app\n"
+        "app(['experiment', 'run', 'spec.yaml', '--dry-run', '--json'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets', 'bitsandbytes', 'accelerate'} "
+        "& set(sys.modules)), file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=directory,
+        env={"PATH": os.environ["PATH"], "BASE_MODEL_NAME": str(tiny_model.path), "GPU_HOUR_PRICE": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.splitlines()[-1] == "[]"
+    result = json.loads(done.stdout)
+    proposed = result["data"]["proposed"]
+    assert len(proposed) == 2
+    assert len({json.dumps(row["params"]) for row in proposed}) == 2
+    assert all(row["gpu_hours"] > 0 and row["price"] == 2 * row["gpu_hours"] for row in proposed)
+    assert result["metadata"]["estimated_gpu_hours"] == sum(row["gpu_hours"] for row in proposed)
+    assert not (directory / "data" / "postgres").exists()
+    assert not (directory / "data" / "adapters").exists()
+
+
+def test_an_experiment_that_was_killed_in_a_trial_is_resumed_merged_and_shown(
+    directory: Path, tiny_model: BaseModelRef
+) -> None:
+    environment = {"BASE_MODEL_NAME": str(tiny_model.path), "OMP_WAIT_POLICY": "PASSIVE"}
+    killed = subprocess.Popen(
+        [PROGRAM, "experiment", "run", "spec.yaml"],
+        cwd=directory,
+        env={"PATH": os.environ["PATH"], "NO_COLOR": "1", "OMP_NUM_THREADS": "1", "DATA_ROOT": "data", **environment},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert killed.stderr is not None
+    told = ""
+    while "trial 1 ..." not in told or "training: 1/8" not in told.split("trial 1 ...")[1]:
+        line = killed.stderr.readline()
+        assert line, told
+        told += line
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    (name,) = re.findall(r"^experiment (\w+)$", told, re.MULTILINE)
+
+    resumed = experiment(directory, "resume", name, "--json", **environment)
+    assert resumed.returncode == 0, resumed.stderr
+    result = json.loads(resumed.stdout)
+    history = result["data"]["trial_history"]
+    assert [(trial["state"], trial["attempts"]) for trial in history] == [("completed", 1), ("completed", 2)]
+    best = min(history, key=lambda trial: trial["value"])
+    assert result["data"]["best_trial"] == best
+    assert result["data"]["stopped_by"] == "max_trials"
+    assert result["metadata"]["total_trials"] == 2
+    assert result["metadata"]["best_trial_id"] == best["trial_config"]["trial_id"]
+    assert result["metadata"]["gpu_hours_used"] == sum(trial["gpu_hours"] for trial in history)
+    merged = Path(result["metadata"]["merged_path"])
+    assert result["artifacts"] == [str(merged)]
+    assert list(merged.glob("*.safetensors"))
+    assert "trial 1 completed" in result["output_text"]
+    assert "started 2 times" in result["output_text"]
+
+    report = directory / "data" / "experiments" / "brain" / name
+    assert set(read_manifest(report, kind="experiment", verify="hashes").outputs) == {
+        "budget.png",
+        "history.png",
+        "parallel.png",
+        "report.html",
+        "result.json",
+    }
+    page = (report / "report.html").read_text()
+    assert f"ADOPT_TRIAL={result['metadata']['adopt_trial']}" in page
+    assert "http" not in page.replace("http-equiv", "")
+
+    # Each trial is in the run log like any training, the killed one too; nothing was trained twice.
+    logged = subprocess.run(
+        [PROGRAM, "runs", "--json"],
+        cwd=directory,
+        env={"PATH": os.environ["PATH"], "DATA_ROOT": "data"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    rows = {row["training_run_id"]: row for row in json.loads(logged.stdout)}
+    assert set(rows) == {trial["run_id"] for trial in history}
+    assert {row["status"] for row in rows.values()} == {"COMPLETED"}
+    again = experiment(directory, "run", "spec.yaml", "--json", **environment)
+    assert "training:" not in again.stderr
+    assert json.loads(again.stdout)["data"]["trial_history"] == history
+    listed = experiment(directory, "show", "--json")
+    assert [row["name"] for row in json.loads(listed.stdout)] == [name]

@@ -1,0 +1,81 @@
+"""An experiment as files: its result as JSON, one HTML page that needs nothing beside it, pictures, the best trial."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from finetune.planning.models import Range
+from finetune.publishing import publish_directory
+from finetune.search.ledger import best_trial, budget_of
+from finetune.search.models import StepResult, StopReason, TrialRecord
+from finetune.search.plots import pictures
+from finetune.search.result import shown
+from finetune.search.spec import ExperimentSpec
+
+KIND = "experiment"
+CAPTIONS = {
+    "history.png": "Each trial's result, and the best so far",
+    "budget.png": "Budget over time",
+    "parallel.png": "Configurations of the completed trials: the darker, the better",
+    "importance.png": "How much each value decides (PED-ANOVA)",
+}
+
+
+def publish_report(
+    directory: Path,
+    *,
+    name: str,
+    spec: ExperimentSpec,
+    space: Mapping[str, Range],
+    history: Sequence[TrialRecord],
+    ended: StopReason | None,
+    result: StepResult,
+    adopted: str | None,
+) -> None:
+    """Publish ``result.json``, ``report.html`` and the pictures, in the place of an earlier report of the experiment.
+
+    Args:
+        directory: where.
+        name: the experiment's.
+        spec: as it was run last.
+        space: what was searched.
+        history: all trials.
+        ended: why it is over, if it is.
+        result: what is handed back.
+        adopted: the hash by which a plan adopts the best trial.
+
+    Raises:
+        StorageFullError: the disk is full.
+    """
+    plots = pictures(history, space, budget_gpu_hours=spec.budget_gpu_hours, metric=spec.stop_metric)
+    environment = Environment(
+        loader=PackageLoader("finetune.search", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.jinja").render(
+        name=name,
+        spec=spec,
+        space=space,
+        history=history,
+        best=best_trial(history),
+        budget=budget_of(history, spec.budget_gpu_hours),
+        ended=ended,
+        adopted=adopted,
+        shown=shown,
+        captions=CAPTIONS,
+        plots={file: base64.b64encode(picture).decode() for file, picture in plots.items()},
+    )
+    with publish_directory(directory, kind=KIND) as staging:
+        for file, picture in plots.items():
+            (staging.path / file).write_bytes(picture)
+        (staging.path / "report.html").write_text(page, encoding="utf-8")
+        (staging.path / "result.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        staging.parameters = spec.model_dump(mode="json")
+        staging.results = result.metadata
