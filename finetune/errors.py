@@ -11,6 +11,7 @@ FinetuneError
 │   └── ArtifactError         a published artifact is missing, incomplete or altered
 └── TransientError          trying again later may help
     ├── StorageFullError      the disk is full
+    ├── StoppedError          the process was asked to end, and has saved what it had
     └── RemoteError           a server did not answer, or answered that it is busy
 ```
 
@@ -88,6 +89,10 @@ class TransientError(FinetuneError):
 
 class StorageFullError(TransientError):
     """The disk is full."""
+
+
+class StoppedError(TransientError):
+    """The process was asked to end, and has saved what it had."""
 
 
 class RemoteError(TransientError):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.adapter_files import adapter_hash, read_adapter_config
 from finetune.chat.encode import RecordEncoder
-from finetune.errors import ConfigurationError, TransientError
+from finetune.errors import ConfigurationError, StoppedError
 from finetune.planning.models import TrialConfig
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import publish_directory
@@ -113,7 +113,7 @@ def _attempt(
         trainer = make_trainer(request, data, monitor, micro_batch)
         trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
         if stop.requested and trainer.state.global_step < monitor.total_steps:
-            raise TransientError(
+            raise StoppedError(
                 f"the training was asked to end after step {trainer.state.global_step} of {monitor.total_steps}",
                 where=checkpoints,
                 remedy="Run again: it goes on from the checkpoint that was saved",

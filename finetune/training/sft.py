@@ -66,8 +66,8 @@ def train_adapter(
         BaseModelError: the base model or its tokenizer is missing or damaged.
         TrainingError: records have nothing to learn from; the loss became NaN or diverged.
         StorageFullError: the disk is full; run again when there is room.
-        TransientError: the process was asked to end (SIGTERM), and a checkpoint was saved; or another process
-            has taken the training over, and nothing was written.
+        StoppedError: the process was asked to end (SIGTERM), and a checkpoint was saved.
+        TransientError: another process has taken the training over, and nothing was written.
     """
     import torch
 

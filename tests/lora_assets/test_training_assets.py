@@ -10,8 +10,11 @@ import dagster as dg
 
 from finetune.base_model.models import BaseModelRef
 from finetune.progress import ProgressEvent
+from finetune.training.checkpoints import newest_complete
 from finetune.training.models import TrainingResult
 from lora_assets.assets.training import _observed, _train
+from lora_assets.logs import TAGS
+from lora_assets.outcome import failed_steps
 from resources.peft_trainer import PeftTrainer
 from resources.run_log import RunLog
 from tests.resources.test_lease import request_for
@@ -68,6 +71,35 @@ def test_a_step_that_is_told_to_end_saves_a_checkpoint_and_its_retry_goes_on_und
     assert told[0] <= result.resumed_from_step < result.training_steps
     assert (row.status, row.attempts) == ("COMPLETED", 2)
     assert token == 3, "each attempt takes the lease once"
+
+
+def test_a_command_that_is_told_to_end_saves_a_checkpoint_and_does_not_begin_again(
+    tmp_path: Path, tiny_model: BaseModelRef
+) -> None:
+    request = request_for(tmp_path, tiny_model)
+    told: list[int] = []
+
+    def end(event: ProgressEvent) -> None:
+        if event.stage == "training":
+            told.append(event.done)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with tempfile.TemporaryDirectory(prefix="la-", dir="/tmp") as short, dg.DagsterInstance.ephemeral() as instance:
+        run_log = RunLog(data_dir=short)
+
+        @dg.asset(retry_policy=dg.RetryPolicy(max_retries=1), partitions_def=dg.StaticPartitionsDefinition(["d"]))
+        def adapter(context: dg.AssetExecutionContext) -> None:
+            _train(context, PeftTrainer(), run_log, request, end)
+
+        ended = dg.materialize([adapter], partition_key="d", instance=instance, tags=TAGS, raise_on_error=False)
+        (row,) = run_log.recent()
+        run_log.close()
+    assert len(told) == 1, "otherwise it was not told to end, or began again"
+    (failed,) = failed_steps(ended.all_events)
+    assert failed.transient
+    assert newest_complete(request.work_dir / "checkpoints") is not None
+    assert (row.status, row.attempts) == ("FAILED", 1)
+    assert "asked to end after step" in str(row.error_message)
 
 
 def test_two_runs_that_were_started_for_the_same_training_train_once(tmp_path: Path, tiny_model: BaseModelRef) -> None:
