@@ -81,8 +81,7 @@ class Experiments(Collector):
         )
         for status, row in tally.by_status.items():
             experiments.add_metric([status], row.experiments)
-            if row.trained:
-                trained.add_metric([status], row.trained, row.seconds)
+            trained.add_metric([status], row.trained, row.seconds)
         yield experiments
         yield trained
         yield SummaryMetricFamily(

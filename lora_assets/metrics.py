@@ -6,7 +6,9 @@ dates and runs are no labels.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import NamedTuple
 
 import dagster as dg
 from prometheus_client import CollectorRegistry, push_to_gateway, write_to_textfile
@@ -29,6 +31,13 @@ _PREFIX = "lora_assets"
 _PUSH_SECONDS = 5.0
 
 
+class _Figure(NamedTuple):
+    name: str
+    meaning: str
+    value: float | None
+    labels: Mapping[str, str] = MappingProxyType({})
+
+
 class RunFigures(Collector):
     """What is known after a run: totals of all trainings, and figures of this run, its date and the champion.
 
@@ -45,67 +54,64 @@ class RunFigures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         """The metrics; of what is not known there is none."""
-        yield from self._of_run()
-        yield from self._of_date()
-        yield from self._of_champion()
+        gauges: dict[str, GaugeMetricFamily] = {}
+        for figure in (*self._of_runs(), *self._of_date(), *self._of_champion()):
+            if figure.value is not None:
+                labels = {"pipeline": self._settings.pipeline_name, **figure.labels}
+                family = gauges.setdefault(
+                    figure.name, GaugeMetricFamily(f"{_PREFIX}_{figure.name}", figure.meaning, labels=list(labels))
+                )
+                family.add_metric(list(labels.values()), figure.value)
+        yield from gauges.values()
         try:
             yield from self._totals()
         except FinetuneError as error:
             _logger.warning("the totals of trainings are left out: %s", error)
 
-    def _gauge(self, name: str, meaning: str, value: float | None, **labels: str) -> Iterator[Metric]:
-        if value is not None:
-            labels = {"pipeline": self._settings.pipeline_name, **labels}
-            family = GaugeMetricFamily(f"{_PREFIX}_{name}", meaning, labels=list(labels))
-            family.add_metric(list(labels.values()), value)
-            yield family
+    def _of_runs(self) -> Iterator[_Figure]:
+        """The last run of each way to end: a failure does not make the last success forgotten."""
+        for status in (dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED):
+            labels = {"status": status.value}
+            for record in self._instance.get_run_records(dg.RunsFilter(statuses=[status]), limit=1):
+                ended, began = record.end_time, record.start_time
+                yield _Figure("run_end_timestamp_seconds", "When the last run ended.", ended, labels)
+                if ended is not None and began is not None:
+                    waited = max(0.0, began - record.create_timestamp.timestamp())
+                    yield _Figure("run_duration_seconds", "How long the last run took.", ended - began, labels)
+                    yield _Figure("run_queue_seconds", "From the last run's creation to its start.", waited, labels)
 
-    def _of_run(self) -> Iterator[Metric]:
-        record = self._instance.get_run_record_by_id(self._run.run_id)
-        if record is None or record.end_time is None:
-            return
-        status = record.dagster_run.status.value
-        yield from self._gauge("run_end_timestamp_seconds", "When the last run ended.", record.end_time, status=status)
-        if record.start_time is not None:
-            began = record.create_timestamp.timestamp()
-            seconds = record.end_time - record.start_time
-            yield from self._gauge("run_duration_seconds", "How long the last run took.", seconds, status=status)
-            waited = max(0.0, record.start_time - began)
-            yield from self._gauge("run_queue_seconds", "From the last run's creation to its start.", waited)
-
-    def _of_date(self) -> Iterator[Metric]:
+    def _of_date(self) -> Iterator[_Figure]:
         date = self._run.tags.get(PARTITION)
         if date is None:
             return
         if prepared := read_value(self._settings, "merged_dataset", date, PreparedDataset):
             counts = prepared.counts
-            yield from self._gauge("dataset_lines", "Lines of the last run's dataset.", counts.lines)
-            yield from self._gauge("dataset_rejected_lines", "Of these, the rejected ones.", counts.rejected)
-            yield from self._gauge("dataset_train_records", "Records to train on.", counts.train)
-            yield from self._gauge("dataset_eval_records", "Records held out.", counts.eval)
+            yield _Figure("dataset_lines", "Lines of the last run's dataset.", counts.lines)
+            yield _Figure("dataset_rejected_lines", "Of these, the rejected ones.", counts.rejected)
+            yield _Figure("dataset_train_records", "Records to train on.", counts.train)
+            yield _Figure("dataset_eval_records", "Records held out.", counts.eval)
         if result := read_value(self._settings, "adapter", date, TrainingResult):
             labels = {"backend": result.backend}
-            yield from self._gauge("training_gpu_hours", "GPU-hours of the last training.", result.gpu_hours, **labels)
-            yield from self._gauge("training_tokens", "Tokens of the last training.", result.tokens_seen, **labels)
-            speed = result.tokens_per_second
-            yield from self._gauge("training_tokens_per_second", "Throughput of the last training.", speed, **labels)
-            yield from self._gauge("training_loss", "Final loss of the last training.", result.final_loss, **labels)
+            yield _Figure("training_gpu_hours", "GPU-hours of the last run's training.", result.gpu_hours, labels)
+            yield _Figure("training_tokens", "Tokens that it saw.", result.tokens_seen, labels)
+            yield _Figure("training_tokens_per_second", "Its throughput.", result.tokens_per_second, labels)
+            yield _Figure("training_loss", "Its final loss.", result.final_loss, labels)
         if report := read_value(self._settings, "eval_report", date, EvalReport):
-            against_base = report.delta_vs_base_loss
-            yield from self._gauge("eval_loss", "Held-out loss, in nats per token.", report.eval_loss)
-            yield from self._gauge("eval_delta_vs_base", "That less the base model's; below 0 is better.", against_base)
-            if report.champion:
-                delta = report.champion.delta_vs_champion
-                yield from self._gauge("eval_delta_vs_champion", "That less the champion's; below 0 is better.", delta)
+            rival = report.champion
+            yield _Figure("eval_loss", "Held-out loss, in nats per token.", report.eval_loss)
+            yield _Figure(
+                "eval_delta_vs_base", "It less the base model's: below 0 is better.", report.delta_vs_base_loss
+            )
+            against = rival.delta_vs_champion if rival else None
+            yield _Figure("eval_delta_vs_champion", "It less the champion's: below 0 is better.", against)
 
-    def _of_champion(self) -> Iterator[Metric]:
-        reigning = champion(self._settings.layout.registry)
-        if reigning is not None:
+    def _of_champion(self) -> Iterator[_Figure]:
+        if reigning := champion(self._settings.layout.registry):
             made = reigning.created_at.timestamp()
-            yield from self._gauge("champion_version", "Number of the reigning version.", reigning.number)
-            yield from self._gauge("champion_created_timestamp_seconds", "When it was registered.", made)
+            yield _Figure("champion_version", "Number of the reigning version.", reigning.number)
+            yield _Figure("champion_created_timestamp_seconds", "When it was registered.", made)
             loss = reigning.metrics.get("eval_loss")
-            yield from self._gauge("champion_eval_loss", "Its held-out loss, in nats per token.", loss)
+            yield _Figure("champion_eval_loss", "Its held-out loss, in nats per token.", loss)
 
     def _totals(self) -> Iterator[Metric]:
         url = self._settings.database_url
@@ -115,15 +121,15 @@ class RunFigures(Collector):
         finally:
             run_log.close()
         labels = ["backend", "status"]
-        for name, meaning in (
-            ("runs", "Trainings of the run log."),
-            ("gpu_hours", "GPU-hours of these trainings."),
-            ("tokens", "Tokens that they saw."),
-            ("seconds", "Seconds that they took, from start to end."),
+        for name, column, meaning in (
+            ("trainings", "runs", "Trainings of the run log."),
+            ("trainings_gpu_hours", "gpu_hours", "GPU-hours of these trainings."),
+            ("trainings_tokens", "tokens", "Tokens that they saw."),
+            ("trainings_seconds", "seconds", "Seconds that they took, from start to end."),
         ):
-            family = CounterMetricFamily(f"{_PREFIX}_trainings_{name}".replace("_runs", ""), meaning, labels=labels)
+            family = CounterMetricFamily(f"{_PREFIX}_{name}", meaning, labels=labels)
             for row in rows:
-                family.add_metric([row["backend"], row["status"]], float(row[name]))
+                family.add_metric([row["backend"], row["status"]], float(row[column]))
             yield family
 
 

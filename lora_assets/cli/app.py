@@ -7,7 +7,7 @@ import os
 import warnings
 
 import typer
-from dagster_shared.utils.warnings import PreviewWarning
+from dagster_shared.utils.warnings import BetaWarning, PreviewWarning
 
 from lora_assets.cli import (
     deletions,
@@ -25,6 +25,7 @@ from lora_assets.cli import (
     tools,
     trainjob,
 )
+from lora_assets.cli.log_lines import set_up_logs
 
 app = typer.Typer(
     name="lora-assets",
@@ -72,6 +73,8 @@ def main() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=PreviewWarning)
+    warnings.filterwarnings("ignore", category=BetaWarning)
     # Secrets reach Dagster's resources by the name of their variable, so `.env` must be in the environment.
     load_dotenv(".env")
+    set_up_logs()
     app()
