@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format dev h2o-gateway bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory bench-train clean
+.PHONY: help setup demo test check format dev h2o-gateway bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory bench-train bench-sensor clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -67,6 +67,9 @@ bench-memory: .venv/.installed ## Estimated memory beside published measurements
 
 bench-train: .venv/.installed ## Training beside a plain TRL script: overhead, layout, start-up
 	@$(BIN)/python -W ignore -m benchmarks.training.bench
+
+bench-sensor: .venv/.installed ## A tick of the arrival sensor on 100,000 exports, and the size of its cursor
+	@$(BIN)/python benchmarks/sensor/bench.py
 
 clean: ## Remove the virtual environment and caches; data stays
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache build dist *.egg-info

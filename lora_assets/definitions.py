@@ -9,12 +9,13 @@ import dagster as dg
 from pydantic import ValidationError
 
 from finetune.errors import ConfigurationError
-from lora_assets.assets import dataset, evaluation, export, training
+from lora_assets.assets import dataset, drift, evaluation, export, training
 from lora_assets.checks import ALL_CHECKS, GGUF_CHECK
-from lora_assets.jobs import train_and_export
+from lora_assets.jobs import champion_drift, train_and_export
 from lora_assets.logs import console
 from lora_assets.partitions import dataset_dates
 from lora_assets.run_end import fail_dead_runs, reconcile, report_end
+from lora_assets.schedules import build_schedules
 from lora_assets.settings import Settings, load_settings, on_kubernetes
 from resources.artifact_store import ArtifactStore, ValueStore
 from resources.base_model import BaseModelSource
@@ -156,9 +157,14 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             *([export.gguf] if settings.needs_gguf else []),
             *([export.modelfile] if "ollama" in settings.targets else []),
             *([export.lmstudio_export] if "lmstudio" in settings.targets else []),
+            drift.drift_report,
         ],
-        asset_checks=[check for check in ALL_CHECKS if settings.needs_gguf or check is not GGUF_CHECK],
-        jobs=[train_and_export],
+        asset_checks=[
+            *(check for check in ALL_CHECKS if settings.needs_gguf or check is not GGUF_CHECK),
+            drift.champion_drift,
+        ],
+        jobs=[train_and_export, champion_drift],
+        schedules=build_schedules(settings),
         sensors=[
             build_export_arrival_sensor(
                 job_name=train_and_export.name,
@@ -166,7 +172,10 @@ def build_definitions(settings: Settings) -> dg.Definitions:
                 exports=dataset.brain_exports.key,
                 directory=settings.exports,
                 pattern=settings.pattern,
+                complete=settings.exports_complete,
                 interval_seconds=settings.sensor_interval_seconds,
+                limit=settings.arrivals_per_tick,
+                running=settings.automation_on,
             ),
             build_failure_sensor(
                 lambda run_id, reason: [row.id for row in close_rows(settings, run_id, reason)],

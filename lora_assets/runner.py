@@ -16,6 +16,7 @@ from lora_assets.interrupts import ends_while_it_waits
 from lora_assets.logs import TAGS
 from lora_assets.outcome import DateOutcome, date_outcome
 from lora_assets.run_end import reconcile, report_end
+from lora_assets.run_queue import limit_gpu_pool
 from lora_assets.settings import Settings
 from sensors.export_arrival import arrival
 
@@ -73,6 +74,7 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
                 reconcile(settings, instance, run_log)
         instance.add_dynamic_partitions(str(dataset_dates.name), [date])
         report_arrival(instance, settings, date)
+        limit_gpu_pool(instance, settings.gpus)
         run_id = str(uuid4())
 
         def close(reason: str) -> None:
@@ -95,6 +97,29 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
         if run := instance.get_run_by_id(result.run_id):
             report_end(settings, instance, run)
         return date_outcome(date, result.success, result.run_id, result.all_events, seconds)
+
+
+def run_drift(settings: Settings) -> DateOutcome:
+    """Evaluate the champion on what arrived since its training.
+
+    Raises:
+        ConfigurationError: the data root cannot be written to.
+        TransientError: another process runs dates on this data root.
+    """
+    home = dagster_home(settings)
+    from lora_assets.definitions import defs
+    from lora_assets.jobs import champion_drift
+
+    started = time.monotonic()
+    with _alone(home), dg.DagsterInstance.get() as instance:
+        limit_gpu_pool(instance, settings.gpus)
+        result = defs.resolve_job_def(champion_drift.name).execute_in_process(
+            instance=instance,
+            raise_on_error=False,
+            run_config={"loggers": {"console": {}}},
+            tags={**TAGS, "dagster/max_retries": "0"},
+        )
+        return date_outcome("drift", result.success, result.run_id, result.all_events, time.monotonic() - started)
 
 
 @contextmanager

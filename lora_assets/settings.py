@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -25,6 +26,7 @@ from finetune.planning.models import Task, TrainableMethod
 from finetune.publishing import sha256_json
 from finetune.training.models import Sharding
 from finetune.training.reporting import Tracker
+from sensors.arrivals import MAX_WATCHED, Completeness
 
 ExportTarget = Literal["ollama", "lmstudio", "gguf", "vllm"]
 Quantization = Literal["F16", "BF16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"]
@@ -201,9 +203,33 @@ class Settings(BaseSettings):
     samples_time_column: str = Field(
         "created_at", min_length=1, description="The column that says when a sample was made."
     )
+    automation_on: bool = Field(
+        default_factory=on_kubernetes,
+        description="Whether the arrival sensor and the schedules are on from the start, or switched on in the UI.",
+    )
     sensor_interval_seconds: int = Field(30, ge=1, description="Time between two looks at the exports directory.")
+    arrivals_per_tick: int = Field(20, ge=1, le=MAX_WATCHED, description="The most dates that one look asks for.")
+    exports_complete: Completeness = Field(
+        "still",
+        description="When a file without a marker NAME.done is complete: still (unchanged for two looks), "
+        "rename (at once: its writer renames it into place) or marker (never).",
+    )
     retrain: Literal["newest", "all"] = Field(
         "newest", description="Which dates train again when older data changed: the newest affected, or all."
+    )
+    time_zone: str = Field("UTC", description="Of CATCH_UP_CRON and DRIFT_CRON, such as Europe/Kyiv.")
+    catch_up_cron: str = Field("0 2 * * *", description="When dates without a good adapter are asked for.")
+    catch_up_gpu_hours: float | None = Field(
+        None,
+        gt=0,
+        description="GPU-hours that one catch-up, or `lora-assets run` without --date, may ask for; unset: no limit.",
+    )
+    drift_cron: str = Field("0 4 * * 0", description="When the champion is evaluated on what arrived since.")
+    drift_tolerance: float = Field(
+        0.1, ge=0, description="Nats per token by which the champion's loss may be higher on what arrived since."
+    )
+    gpus: int = Field(
+        1, ge=1, description="Steps on a GPU at once, over all runs on this machine: the limit of the pool gpu."
     )
 
     alert_webhook_url: SecretStr | None = Field(
@@ -240,6 +266,15 @@ class Settings(BaseSettings):
     @classmethod
     def _json(cls, value: Any) -> Any:
         return json.loads(value) if isinstance(value, str) else value
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, value: str) -> str:
+        try:
+            ZoneInfo(value)
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError("no time zone of that name; allowed: UTC, Europe/Kyiv, ...") from error
+        return value
 
     @field_validator("samples_columns")
     @classmethod

@@ -1,67 +1,19 @@
 """Exports that arrive become partitions and runs.
 
-The decision is a pure function of the cursor and of what lies in the directory; the sensor around it only
-lists the directory (names, sizes, times: no file is opened) and hands the decision to Dagster.
+The sensor only lists the directory (names, sizes, times: no file is opened) and hands the decision to Dagster.
+A tick that is killed at any point is repeated from the cursor of the one before: what it asked for already has
+its run key, and partitions are added once.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
-from pydantic import BaseModel
 
-from finetune.dataset.discovery import ExportFile, discover_exports, stat_fingerprint
+from finetune.dataset.discovery import ExportFile, list_exports, stat_fingerprint
 from finetune.errors import DatasetError
-
-
-class Cursor(BaseModel):
-    """What earlier ticks saw: a fingerprint by date, and the one that a run was asked for."""
-
-    seen: dict[str, str] = {}
-    requested: dict[str, str] = {}
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What one tick does."""
-
-    cursor: Cursor
-    # dates whose files stood still for two ticks and differ from what was asked for, with their fingerprints
-    ready: dict[str, str]
-    # dates whose files are new or still changing
-    waiting: list[str]
-    # dates that had files and have none now
-    vanished: list[str]
-
-
-def decide(cursor: Cursor, fingerprints: Mapping[str, str], *, limit: int) -> Decision:
-    """Decide which dates are ready.
-
-    A date is ready when its fingerprint is that of the tick before (nobody writes any more) and no run was
-    asked for with it. At most `limit` dates are ready at once, the oldest first: the others stay for the next tick.
-
-    Args:
-        cursor: what earlier ticks saw.
-        fingerprints: the fingerprint of each date's files now.
-        limit: the most dates that may be ready in one tick.
-    """
-    still = {date for date, fingerprint in fingerprints.items() if cursor.seen.get(date) == fingerprint}
-    due = [date for date in sorted(still) if cursor.requested.get(date) != fingerprints[date]]
-    ready = {date: fingerprints[date] for date in due[:limit]}
-    requested = {date: f for date, f in cursor.requested.items() if date in fingerprints} | ready
-    return Decision(
-        cursor=Cursor(seen=dict(fingerprints), requested=requested),
-        ready=ready,
-        waiting=sorted(set(fingerprints) - still),
-        vanished=sorted(set(cursor.seen) - set(fingerprints)),
-    )
-
-
-def fingerprints_by_date(files: Sequence[ExportFile]) -> dict[str, str]:
-    """The fingerprint of each date's own files; `files` sorted by date, as `discover_exports` returns them."""
-    return {date: stat_fingerprint(list(group)) for date, group in groupby(files, key=lambda file: file.date)}
+from sensors.arrivals import MAX_DATES, Completeness, Cursor, decide, told
+from sensors.priority import priority_tags
 
 
 def arrival(exports: dg.AssetKey, date: str, files: Sequence[ExportFile]) -> dg.AssetMaterialization:
@@ -84,6 +36,11 @@ def arrival(exports: dg.AssetKey, date: str, files: Sequence[ExportFile]) -> dg.
     )
 
 
+def departure(exports: dg.AssetKey, date: str) -> dg.AssetObservation:
+    """That a date's files are gone: seen on the external asset, and without effect on what was made from them."""
+    return dg.AssetObservation(exports, partition=date, metadata={"files": "", "bytes": 0, "deleted": True})
+
+
 def build_export_arrival_sensor(
     *,
     job_name: str,
@@ -91,8 +48,10 @@ def build_export_arrival_sensor(
     exports: dg.AssetKey,
     directory: Path,
     pattern: str,
+    complete: Completeness,
     interval_seconds: int,
-    limit: int = 20,
+    limit: int,
+    running: bool,
 ) -> dg.SensorDefinition:
     """A sensor that adds a partition, reports the external asset and asks for a run for each date that is ready.
 
@@ -102,38 +61,61 @@ def build_export_arrival_sensor(
         exports: the external asset that is reported.
         directory: what is watched.
         pattern: the file names that count.
-        interval_seconds: time between two ticks; a file counts as complete when it stood still between two.
+        complete: how a file is known to be complete.
+        interval_seconds: time between two ticks.
         limit: the most dates that one tick asks for.
+        running: whether it is on from the start.
     """
 
     @dg.sensor(
         name="export_arrival",
         job_name=job_name,
         minimum_interval_seconds=interval_seconds,
-        description=f"Watches {directory}/{pattern}: a date whose files stood still for two ticks is trained.",
+        default_status=dg.DefaultSensorStatus.RUNNING if running else dg.DefaultSensorStatus.STOPPED,
+        description=f"Watches {directory}/{pattern}: a date with new or changed files is trained once they are "
+        "complete.",
     )
     def export_arrival(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        cursor = Cursor.model_validate_json(context.cursor) if context.cursor else Cursor()
+        cursor = Cursor.decode(context.cursor)
         try:
-            files = discover_exports(directory, pattern)
+            listing = list_exports(directory, pattern)
         except DatasetError as error:
             # Not an empty directory: what was seen before stays seen.
             return dg.SkipReason(str(error))
-        decision = decide(cursor, fingerprints_by_date(files), limit=limit)
+        decision = decide(cursor, listing, complete=complete, limit=limit)
+        if decision.emptied:
+            return dg.SkipReason(
+                f"{directory} holds no export any more, and did of {len(cursor.requested)} dates: is its volume "
+                "mounted? Nothing was changed"
+            )
         for date in decision.vanished:
             context.log.warning(f"the exports of {date} are gone from {directory}; what was made from them stays")
-        for date in decision.waiting:
-            context.log.info(f"{date}: new or still being written, looked at again in the next tick")
-        files_of = {date: list(group) for date, group in groupby(files, key=lambda file: file.date)}
+        for line in told(decision.waiting):
+            context.log.info(line)
+        for ready in decision.ready:
+            context.log.info(f"{ready.date}: {len(ready.files)} files are complete")
+        if decision.forgotten:
+            context.log.warning(
+                f"exports of {decision.forgotten} dates are older than the newest {MAX_DATES} and not watched: "
+                "make them with `lora-assets backfill`"
+            )
+        dates = [ready.date for ready in decision.ready]
         return dg.SensorResult(
             run_requests=[
-                dg.RunRequest(run_key=f"{date}-{fingerprint}", partition_key=date)
-                for date, fingerprint in decision.ready.items()
+                dg.RunRequest(
+                    run_key=f"{ready.date}-{ready.fingerprint}",
+                    partition_key=ready.date,
+                    tags=priority_tags("arrival", ready.date),
+                )
+                for ready in decision.ready
             ],
-            dynamic_partitions_requests=[partitions.build_add_request(list(decision.ready))] if decision.ready else [],
-            asset_events=[arrival(exports, date, files_of[date]) for date in decision.ready],
-            cursor=decision.cursor.model_dump_json(),
-            skip_reason=None if decision.ready else "no date became ready",
+            dynamic_partitions_requests=[partitions.build_add_request(dates)] if dates else [],
+            asset_events=[
+                *(arrival(exports, ready.date, ready.files) for ready in decision.ready),
+                *(departure(exports, date) for date in decision.vanished),
+            ],
+            cursor=decision.cursor.encode(),
+            skip_reason=None if dates else "no date became ready",
         )
 
     return export_arrival

@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, date, datetime
+from fnmatch import translate
 from pathlib import Path
-
-from pydantic import BaseModel, ConfigDict
+from stat import S_ISREG
+from typing import NamedTuple
 
 from finetune.dataset.reading import opened
 from finetune.errors import ConfigurationError, DatasetError
 from finetune.publishing import sha256_file, sha256_json
 
 # A date, whole or with six digits of time behind it.
-_DATE = re.compile(r"(?<!\d)(20\d\d)([-_.]?)(\d\d)\2(\d\d)(?=\d{6}(?!\d)|\D|$)")
+_DATE = re.compile(r"20(?<!\d20)(\d\d)([-_.]?)(\d\d)\2(\d\d)(?=\d{6}(?!\d)|\D|$)")
 _WINDOW = re.compile(r"all|date|last:([1-9]\d*)")
 _FINGERPRINT_DIGITS = 16
+# Says that the export of that name before it is complete.
+DONE = ".done"
+# What programs call a file that they are still writing, whatever the pattern says.
+_UNFINISHED = (".tmp", ".temp", ".part", ".partial", ".crdownload", ".swp", "~")
 
 
-class ExportFile(BaseModel):
+class ExportFile(NamedTuple):
     """One file of exports, as it was when the directory was listed.
 
     `date` is an ISO date; `size` is in bytes, `mtime_ns` in nanoseconds since 1970.
     """
 
-    model_config = ConfigDict(frozen=True)
-
-    path: Path
+    directory: Path
     name: str
     date: str
     size: int
     mtime_ns: int
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+        return self.directory / self.name
 
 
 def date_in_name(name: str) -> str | None:
@@ -42,27 +52,77 @@ def date_in_name(name: str) -> str | None:
     """
     for match in _DATE.finditer(name):
         try:
-            return date(int(match[1]), int(match[3]), int(match[4])).isoformat()
+            return date(2000 + int(match[1]), int(match[3]), int(match[4])).isoformat()
         except ValueError:  # such as a 13th month
             continue
     return None
 
 
-def discover_exports(directory: Path, pattern: str = "brain_dataset_*.jsonl") -> list[ExportFile]:
-    """The exports in `directory` (not below it), sorted by date and name.
+@dataclass(frozen=True)
+class Listing:
+    """What one look at a directory of exports found."""
 
-    A file whose name holds no date has the date of its last modification in UTC.
+    # sorted by date and name
+    files: list[ExportFile]
+    # names of those of `files` that this user may not read, and why
+    unreadable: dict[str, str]
+    # names of exports of which not even size and time could be read, and why
+    broken: dict[str, str]
+    # when ``NAME.done`` was last written, in nanoseconds since 1970, by NAME
+    done: dict[str, int]
+
+
+def list_exports(directory: Path, pattern: str = "brain_dataset_*.jsonl") -> Listing:
+    """Look at the exports in `directory` (not below it); no file is opened.
+
+    A file whose name holds no date has the date of its last modification in UTC. Names that say that their
+    file is being written (hidden, or ``.tmp``, ``.part`` and the like at the end) are passed over.
 
     Raises:
         DatasetError: there is no such directory, or it cannot be read.
     """
-    return sorted(_exports(directory, pattern), key=lambda file: (file.date, file.name))
+    matches = re.compile(translate(pattern)).match
+    files, unreadable, broken, done = [], {}, {}, {}
+    for entry in _entries(directory):
+        name = entry.name.removesuffix(DONE)
+        if not matches(name) or name.startswith(".") or name.endswith(_UNFINISHED):
+            continue
+        try:
+            status = entry.stat()
+        except FileNotFoundError:
+            continue  # gone since the listing
+        except OSError as error:
+            broken[name] = str(error.strerror)
+            continue
+        if not S_ISREG(status.st_mode):
+            continue
+        if name != entry.name:
+            done[name] = status.st_mtime_ns
+            continue
+        found = date_in_name(name) or datetime.fromtimestamp(status.st_mtime, UTC).date().isoformat()
+        files.append(ExportFile(directory, name, found, status.st_size, status.st_mtime_ns))
+        if not os.access(entry.path, os.R_OK, effective_ids=True):
+            unreadable[name] = "this user may not read it"
+    files.sort(key=lambda file: (file.date, file.name))
+    return Listing(files, unreadable, broken, done)
 
 
-def _exports(directory: Path, pattern: str) -> Iterator[ExportFile]:
+def discover_exports(directory: Path, pattern: str = "brain_dataset_*.jsonl") -> list[ExportFile]:
+    """The exports in `directory`, as `list_exports` finds them, sorted by date and name.
+
+    Raises:
+        DatasetError: there is no such directory, or it or an export in it cannot be read.
+    """
+    listing = list_exports(directory, pattern)
+    for name, why in listing.broken.items():
+        raise DatasetError(f"an export cannot be read: {why}", where=directory / name, remedy="Check its permissions")
+    return listing.files
+
+
+def _entries(directory: Path) -> list[os.DirEntry[str]]:
     try:
-        # Path.glob takes a directory that it may not read for an empty one.
-        entries = [path for path in directory.iterdir() if path.match(pattern)]
+        with os.scandir(directory) as entries:
+            return list(entries)
     except FileNotFoundError as error:
         raise DatasetError(
             "the directory of exports does not exist",
@@ -75,24 +135,6 @@ def _exports(directory: Path, pattern: str) -> Iterator[ExportFile]:
             where=directory,
             remedy="Check that it is a directory and that this user may list it",
         ) from error
-    for path in entries:
-        try:
-            status = path.stat()
-        except FileNotFoundError:
-            continue  # gone since the listing
-        except OSError as error:
-            raise DatasetError(
-                f"an export cannot be read: {error.strerror}", where=path, remedy="Check its permissions"
-            ) from error
-        if path.is_file():
-            modified = datetime.fromtimestamp(status.st_mtime, UTC).date().isoformat()
-            yield ExportFile(
-                path=path,
-                name=path.name,
-                date=date_in_name(path.name) or modified,
-                size=status.st_size,
-                mtime_ns=status.st_mtime_ns,
-            )
 
 
 def window_of(files: Sequence[ExportFile], date: str, window: str = "all") -> list[ExportFile]:

@@ -14,7 +14,7 @@ from finetune.evaluation.models import Answer, Group, Worsened
 from finetune.evaluation.scoring import Scores
 from finetune.evaluation.statistics import bootstrap_ci95, chrf, exact_match
 
-_RESAMPLES = 2000
+RESAMPLES = 2000
 _SOURCES = 20
 _WORST = 10
 # Characters up to which an answer can be expected to be word for word.
@@ -38,7 +38,7 @@ def loss_figures(base: Scores, ours: Scores, *, seed: int) -> dict[str, Any]:
 
 def change_ci95(before: Scores, after: Scores, *, seed: int) -> tuple[float, float]:
     """95 % confidence interval of the change in loss, by the bootstrap over records."""
-    return bootstrap_ci95(after.nats - before.nats, after.tokens, resamples=_RESAMPLES, seed=seed)
+    return bootstrap_ci95(after.nats - before.nats, after.tokens, resamples=RESAMPLES, seed=seed)
 
 
 def answer_figures(questions: Sequence[Question], base: Sequence[str], ours: Sequence[str]) -> dict[str, Any]:

@@ -25,15 +25,46 @@ def bootstrap_ci95(
         resamples: how many times as many records are drawn with replacement.
         seed: equal seeds give equal intervals.
     """
+    means = _resampled(differences, tokens, resamples, np.random.default_rng(seed))
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def shift_ci95(
+    before: tuple[NDArray[np.float64], NDArray[np.int64]],
+    after: tuple[NDArray[np.float64], NDArray[np.int64]],
+    *,
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """95 % confidence interval of the difference in mean loss between two sets of records, ``after - before``.
+
+    The two-sample percentile bootstrap: both sets are drawn anew, each on its own (Efron and Tibshirani,
+    chapter 8).
+
+    Args:
+        before: summed losses in nats and tokens, each of shape (records,).
+        after: of the other records.
+        resamples: how many times each is drawn with replacement.
+        seed: equal seeds give equal intervals.
+    """
     generator = np.random.default_rng(seed)
-    count = len(differences)
+    shifts = _resampled(*after, resamples, generator) - _resampled(*before, resamples, generator)
+    low, high = np.quantile(shifts, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def _resampled(
+    nats: NDArray[np.float64], tokens: NDArray[np.int64], resamples: int, generator: np.random.Generator
+) -> NDArray[np.float64]:
+    """``sum(nats) / sum(tokens)`` of records drawn with replacement; shape (resamples,)."""
+    count = len(nats)
     rows = max(1, _DRAWS_AT_A_TIME // count)
     means = []
     for start in range(0, resamples, rows):
         drawn = generator.integers(0, count, size=(min(rows, resamples - start), count))
-        means.append(differences[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
-    return float(low), float(high)
+        means.append(nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
+    return np.concatenate(means)
 
 
 def normalised(text: str) -> str:

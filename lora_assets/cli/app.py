@@ -12,6 +12,7 @@ from dagster_shared.utils.warnings import BetaWarning, PreviewWarning
 from lora_assets.cli import (
     deletions,
     demo,
+    drift,
     experiment,
     gc,
     migrate,
@@ -34,6 +35,8 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.command(epilog="Example: lora-assets run --latest --dry-run")(run.run)
+app.command(epilog="Example: lora-assets backfill --from 2026-06-01 --to 2026-06-30 --dry-run")(run.backfill)
+app.command(epilog="Example: lora-assets drift --json")(drift.drift)
 app.command(epilog="Example: lora-assets demo")(demo.demo)
 app.command(epilog="Example: DATA_ROOT=data/demo lora-assets dev --port 3000")(demo.dev)
 app.command(epilog="Example: lora-assets config --json")(show.config)

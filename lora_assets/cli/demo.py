@@ -186,12 +186,17 @@ def dev(
     as_json: Json = False,
 ) -> None:
     """Open the Dagster UI and daemon on this machine, on the data root's own history."""
+    import dagster as dg
+
+    from lora_assets.run_queue import limit_gpu_pool
     from lora_assets.runner import dagster_home
     from lora_assets.settings import load_settings
 
     settings = load_settings()
     home = dagster_home(settings)
     settings.exports.mkdir(parents=True, exist_ok=True)
+    with dg.DagsterInstance.get() as instance:
+        limit_gpu_pool(instance, settings.gpus)
     if as_json:
         print_json({"url": f"http://{host}:{port}", "dagster_home": str(home), "exports": str(settings.exports)})
     else:

@@ -1,16 +1,18 @@
-"""`lora-assets run`: the entry point of a Job or CronJob."""
+"""`lora-assets run` and `backfill`: the entry points of a Job or CronJob."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 
-from finetune.dataset.discovery import discover_exports
+from finetune.dataset.discovery import ExportFile, discover_exports
 from finetune.errors import ConfigurationError, DatasetError
+from lora_assets.catch_up import CatchUp, catch_up
 from lora_assets.cli.console import EXIT_TRANSIENT, Json, err, out, plain_errors, print_json, print_table
-from lora_assets.freshness import DateState, choose_dates, date_states
+from lora_assets.freshness import DateState, date_states
 from lora_assets.settings import Settings, load_settings
 
 
@@ -22,33 +24,53 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and change nothing.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Make what is missing or stale, oldest date first.
+    """Make what is missing or stale, newest date first, as the nightly catch-up does.
 
     Without options: each date that was never made, and the newest of those whose inputs or settings changed
-    (all of them with RETRAIN=all). Exits with 0 if every run succeeded (a challenger that loses is a success),
-    with 75 if trying again later may help, else with 1.
+    (all of them with RETRAIN=all), as far as CATCH_UP_GPU_HOURS allows. Exits with 0 if every run succeeded
+    (a challenger that loses is a success), with 75 if trying again later may help, else with 1.
     """
     if sum([date is not None, every, latest]) > 1:
         raise ConfigurationError("--date, --all and --latest exclude each other", remedy="Give one of them")
     settings = load_settings()
-    states = find_states(settings)
+    files = find_exports(settings)
+    states = date_states(settings, files)
     if date is None:
-        dates = choose_dates(states, every=every or settings.retrain == "all", latest=latest)
+        chosen = catch_up(settings, files, states, every=every, latest=latest)
     elif date in {state.date for state in states}:
-        dates = [date]
+        chosen = CatchUp([date])
     else:
         known = ", ".join(state.date for state in states[-5:])
         raise DatasetError(f"no exports of {date}", where=settings.exports, remedy=f"The newest dates are {known}")
-    if not as_json:
-        print_states(states, dates)
-    if not dry_run:
-        make_dates(settings, dates, as_json=as_json)
-    elif as_json:
-        print_json({"status": "dry_run", "dates": [state.model_dump() for state in states], "to_make": dates})
+    show_or_make(settings, states, chosen, dry_run=dry_run, as_json=as_json)
 
 
-def find_states(settings: Settings) -> list[DateState]:
-    """The state of every date that has exports.
+@plain_errors
+def backfill(
+    since: Annotated[str, typer.Option("--from", help="First dataset date (YYYY-MM-DD).")],
+    until: Annotated[str, typer.Option("--to", help="Last dataset date, itself included.")],
+    force: Annotated[bool, typer.Option("--force", help="Make dates that are current, too.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be made, and change nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make what is missing or stale in a range of dates, oldest date first.
+
+    A range that was interrupted goes on where it stood when the command is given again: dates that are current
+    are passed over. Exits as `run` does.
+    """
+    first, last = _date("--from", since), _date("--to", until)
+    if first > last:
+        raise ConfigurationError(f"--from {first} is after --to {last}", remedy="Exchange them")
+    settings = load_settings()
+    states = [state for state in date_states(settings, find_exports(settings)) if first <= state.date <= last]
+    if not states:
+        raise DatasetError(f"no exports from {first} to {last}", where=settings.exports, remedy="Widen the range")
+    chosen = CatchUp([state.date for state in states if force or state.state != "current"])
+    show_or_make(settings, states, chosen, dry_run=dry_run, as_json=as_json)
+
+
+def find_exports(settings: Settings) -> list[ExportFile]:
+    """All exports.
 
     Raises:
         DatasetError: the directory cannot be read, or holds no export.
@@ -60,22 +82,52 @@ def find_states(settings: Settings) -> list[DateState]:
             where=settings.exports,
             remedy="Put exports there, or set EXPORTS_DIR or EXPORTS_PATTERN",
         )
-    return date_states(settings, files)
+    return files
 
 
-def print_states(states: Sequence[DateState], dates: Sequence[str]) -> None:
+def find_states(settings: Settings) -> list[DateState]:
+    """The state of every date that has exports.
+
+    Raises:
+        DatasetError: the directory cannot be read, or holds no export.
+    """
+    return date_states(settings, find_exports(settings))
+
+
+def _date(option: str, text: str) -> str:
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ConfigurationError(f"{option} {text} is no date: {error}", remedy="Write it as 2026-06-01") from error
+
+
+def show_or_make(
+    settings: Settings, states: Sequence[DateState], chosen: CatchUp, *, dry_run: bool, as_json: bool
+) -> None:
+    """Print what lies there and what is chosen, and make it unless this is a dry run."""
+    if not as_json:
+        print_states(states, chosen)
+    if not dry_run:
+        make_dates(settings, chosen, as_json=as_json)
+    elif as_json:
+        shown = [state.model_dump() for state in states]
+        print_json({"status": "dry_run", "dates": shown, "to_make": chosen.dates, "left": chosen.left})
+
+
+def print_states(states: Sequence[DateState], chosen: CatchUp) -> None:
     """What lies there, and what will be made."""
+
+    def note(date: str) -> str:
+        return f"later: {chosen.left[date]}" if date in chosen.left else "make" if date in chosen.dates else ""
+
     print_table(
         None,
         ["date", "files", "MB", "state", "why", ""],
-        [
-            [s.date, str(s.files), f"{s.size / 1e6:.2f}", s.state, s.reason, "make" if s.date in dates else ""]
-            for s in states
-        ],
+        [[s.date, str(s.files), f"{s.size / 1e6:.2f}", s.state, s.reason, note(s.date)] for s in states],
     )
 
 
-def make_dates(settings: Settings, dates: Sequence[str], *, as_json: bool) -> None:
+def make_dates(settings: Settings, chosen: CatchUp, *, as_json: bool) -> None:
     """Run the graph for each date and print how it ended; a failed date does not keep the others from running.
 
     Raises:
@@ -85,7 +137,7 @@ def make_dates(settings: Settings, dates: Sequence[str], *, as_json: bool) -> No
     from lora_assets.runner import run_date
 
     outcomes = []
-    for date in dates:
+    for date in chosen.dates:
         if not as_json:
             out.print(f"\n[bold]{date}[/bold]")
         outcomes.append(run_date(settings, date))
@@ -93,9 +145,10 @@ def make_dates(settings: Settings, dates: Sequence[str], *, as_json: bool) -> No
             print_outcome(outcomes[-1])
     failed = [outcome for outcome in outcomes if outcome.status == "FAILURE"]
     if as_json:
-        print_json({"status": "failed" if failed else "completed", "runs": [o.model_dump() for o in outcomes]})
-    elif not dates:
-        out.print("nothing to do: every date is current")
+        runs = [outcome.model_dump() for outcome in outcomes]
+        print_json({"status": "failed" if failed else "completed", "runs": runs, "left": chosen.left})
+    elif not chosen.dates:
+        out.print("nothing to do now" if chosen.left else "nothing to do: every date is current")
     for outcome in failed:
         err.print(f"error: {outcome.date} failed: {outcome.error}", style="red", markup=False)
     if failed:

@@ -56,6 +56,10 @@ def test_every_name_of_the_specification_is_read_as_it_stands_there(monkeypatch:
         ("SAMPLES_COLUMNS", "id=a,id=b", ["SAMPLES_COLUMNS=id=a,id=b", "twice"]),
         ("SENSITIVE_DATA", "hide", ["SENSITIVE_DATA=hide", "mask"]),
         ("H2O_PROTOCOL", "{id_field", ["H2O_PROTOCOL={id_field", "property name"]),
+        ("EXPORTS_COMPLETE", "soon", ["EXPORTS_COMPLETE=soon", "rename"]),
+        ("TIME_ZONE", "Europe/Nowhere", ["TIME_ZONE=Europe/Nowhere", "Europe/Kyiv"]),
+        ("ARRIVALS_PER_TICK", "1000", ["ARRIVALS_PER_TICK=1000", "200"]),
+        ("CATCH_UP_GPU_HOURS", "0", ["CATCH_UP_GPU_HOURS=0", "greater than 0"]),
         ("H2O_TIMING", "[1]", ["H2O_TIMING=[1]", "dictionary"]),
     ],
 )

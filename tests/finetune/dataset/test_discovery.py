@@ -98,7 +98,7 @@ def test_a_directory_without_read_permission_is_an_error_and_not_an_empty_one(tm
 
 
 def export(date: str, name: str = "x", size: int = 1, mtime_ns: int = 1) -> ExportFile:
-    return ExportFile(path=Path(name), name=f"{name}_{date}", date=date, size=size, mtime_ns=mtime_ns)
+    return ExportFile(directory=Path(), name=f"{name}_{date}", date=date, size=size, mtime_ns=mtime_ns)
 
 
 DATES = ["2026-06-01", "2026-06-03", "2026-06-07", "2026-06-09"]

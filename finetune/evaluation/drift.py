@@ -1,0 +1,193 @@
+"""Whether the champion still answers as well as when it was made: its loss on held-out data that arrived since."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import orjson
+from pydantic import BaseModel, ConfigDict
+from xxhash import xxh3_128_digest
+
+from finetune.base_model.models import BaseModelRef
+from finetune.chat.encode import RecordEncoder
+from finetune.dataset.inspect import leaked_prompts
+from finetune.dataset.records import prompt_text
+from finetune.errors import ArtifactError
+from finetune.evaluation.adapters import attached, load_base
+from finetune.evaluation.figures import RESAMPLES, change_ci95
+from finetune.evaluation.heldout import HeldOut, read_heldout
+from finetune.evaluation.models import ChampionRef
+from finetune.evaluation.scoring import Scores, score
+from finetune.evaluation.statistics import shift_ci95
+from finetune.progress import Progress, ProgressEvent, ignore_progress
+from finetune.publishing import find_published, publish_directory, sha256_file
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+_KIND = "drift"
+# Part of what decides whether a report can be used again: raise it when figures change their meaning.
+_METHOD = 1
+
+
+class DriftReport(BaseModel):
+    """The champion on held-out records that arrived since its training; losses in nats per trained token.
+
+    Where nothing arrived, `records` is 0 and the figures are None.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    version: str
+    adapter_hash: str
+    # held-out records of its own dataset, and what it loses on them
+    known_records: int
+    known_loss: float | None = None
+    # held-out records that arrived since
+    records: int
+    loss: float | None = None
+    # loss - known_loss with its 95 % confidence interval: positive when it does worse on what is new
+    drift: float | None = None
+    drift_ci95: tuple[float, float] | None = None
+    # what the base model makes of the same records: how much harder what is new is for anyone
+    base_loss: float | None = None
+    base_drift: float | None = None
+    # loss - base_loss on what is new: negative while the adapter still helps
+    delta_vs_base_loss: float | None = None
+    delta_ci95: tuple[float, float] | None = None
+    reused: bool = False
+
+
+def measure_drift(
+    *,
+    base_model: BaseModelRef,
+    champion: ChampionRef,
+    known_train: Path,
+    known_eval: Path,
+    arrived: Path,
+    output_dir: Path,
+    max_length: int,
+    on_progress: Progress = ignore_progress,
+    seed: int = 42,
+) -> DriftReport:
+    """Evaluate the champion on the held-out records that were not there when it was trained.
+
+    New is what stands in `arrived` and not in `known_eval`, and whose prompt was not trained on. The model is
+    loaded once. Publishes ``new.jsonl`` and ``report.json``; a complete `output_dir` made from the same inputs
+    is used again.
+
+    Args:
+        base_model: the one that the champion was trained on.
+        champion: the reigning champion.
+        known_train: training records of its dataset, JSONL.
+        known_eval: held-out records of its dataset.
+        arrived: held-out records of everything that has arrived by now.
+        output_dir: where the report is published.
+        max_length: records are cut at so many tokens, as in training.
+        on_progress: told of every batch.
+        seed: of the bootstrap.
+
+    Raises:
+        DatasetError: a file of records cannot be read, or no record in it can be scored.
+        BaseModelError: the base model cannot be loaded.
+        ArtifactError: the adapter is damaged, does not fit the base model, or gives losses that are no numbers.
+    """
+    if champion.base_fingerprint != base_model.fingerprint:
+        raise ArtifactError(
+            f"the champion {champion.version} was trained on another base model than {base_model.name}",
+            where=champion.adapter_path,
+            remedy="Set BASE_MODEL_NAME to its base model, or train and promote an adapter of the present one",
+        )
+    inputs = {
+        "method": _METHOD,
+        "adapter_hash": champion.adapter_hash,
+        "known": sha256_file(known_eval),
+        "arrived": sha256_file(arrived),
+        "max_length": max_length,
+        "seed": seed,
+    }
+    if known := find_published(output_dir, kind=_KIND, inputs=inputs):
+        return DriftReport.model_validate({**known.results, "path": output_dir, "reused": True})
+    with publish_directory(output_dir, kind=_KIND) as staging:
+        fresh = staging.path / "new.jsonl"
+        _write_new(known_train, known_eval, arrived, fresh)
+        report = DriftReport(
+            path=output_dir, version=champion.version, adapter_hash=champion.adapter_hash, known_records=0, records=0
+        )
+        if fresh.stat().st_size:
+            encoder = RecordEncoder.load(base_model.path)
+            before = read_heldout(known_eval, encoder, max_length=max_length)
+            after = read_heldout(fresh, encoder, max_length=max_length)
+            report = report.model_copy(update=_figures(base_model, champion, encoder, before, after, on_progress, seed))
+        staging.inputs = inputs
+        staging.results = report.model_dump(mode="json", exclude={"path", "reused"})
+        (staging.path / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    return report
+
+
+def _write_new(known_train: Path, known_eval: Path, arrived: Path, target: Path) -> None:
+    """Write the lines of `arrived` that are new, then leave out those whose prompt was trained on."""
+    known = {xxh3_128_digest(line) for line in _lines(known_eval)}
+    target.write_bytes(b"".join(line + b"\n" for line in _lines(arrived) if xxh3_128_digest(line) not in known))
+    if trained := set(leaked_prompts(known_train, target)):
+        kept = [line for line in _lines(target) if prompt_text(orjson.loads(line)) not in trained]
+        target.write_bytes(b"".join(line + b"\n" for line in kept))
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as stream:
+        yield from (stripped for line in stream if (stripped := line.strip()))
+
+
+def _figures(
+    base_model: BaseModelRef,
+    champion: ChampionRef,
+    encoder: RecordEncoder,
+    before: HeldOut,
+    after: HeldOut,
+    on_progress: Progress,
+    seed: int,
+) -> dict[str, object]:
+    model = load_base(base_model)
+    done, total = 0, 2 * (len(before.records) + len(after.records))
+
+    def after_batch(records: int) -> None:
+        nonlocal done
+        done += records
+        on_progress(ProgressEvent("drift", done, total, "records"))
+
+    def scores(of: Module, held_out: HeldOut, where: Path) -> Scores:
+        found = score(
+            of,
+            held_out.encoded,
+            vocabulary=model.config.get_text_config().vocab_size,
+            pad_token_id=encoder.pad_token_id,
+            after_batch=after_batch,
+        )
+        if not np.isfinite(found.nats).all():
+            raise ArtifactError(
+                "losses on held-out records are no numbers",
+                where=where,
+                remedy="Its weights hold NaN or infinity: roll back to another version",
+            )
+        return found
+
+    base_before, base_after = (scores(model, held_out, base_model.path) for held_out in (before, after))
+    with attached(model, champion.adapter_path) as adapted:
+        old, new = (scores(adapted, held_out, champion.adapter_path) for held_out in (before, after))
+    return {
+        "known_records": len(before.records),
+        "known_loss": old.loss,
+        "records": len(after.records),
+        "loss": new.loss,
+        "drift": new.loss - old.loss,
+        "drift_ci95": shift_ci95((old.nats, old.tokens), (new.nats, new.tokens), resamples=RESAMPLES, seed=seed),
+        "base_loss": base_after.loss,
+        "base_drift": base_after.loss - base_before.loss,
+        "delta_vs_base_loss": new.loss - base_after.loss,
+        "delta_ci95": change_ci95(base_after, new, seed=seed),
+    }
