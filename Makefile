@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format dev h2o-gateway bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory bench-train bench-sensor clean
+.PHONY: help setup demo test check audit format dev h2o-gateway bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory bench-train bench-sensor clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -37,6 +37,11 @@ check: .venv/.installed ## Lint, format, types, import contracts, definitions
 	@$(BIN)/dg check defs
 	@$(BIN)/dg list defs >/dev/null
 	@$(BIN)/dagster definitions validate -w workspace.yaml --log-level warning
+
+audit: .venv/.installed ## Licences of what is installed, and its known vulnerabilities (asks PyPI)
+	@$(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit==2.10.1 pip-licenses==5.5.5
+	@.venv/audit/bin/pip-licenses --python=$(BIN)/python --order=license
+	@.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict
 
 format: .venv/.installed ## Format the code and fix what can be fixed
 	@$(BIN)/ruff check --fix . ; $(BIN)/ruff format .
