@@ -7,11 +7,12 @@ from pathlib import Path
 
 import dagster as dg
 
+from finetune.errors import ConfigurationError, FinetuneError, TransientError
 from finetune.redaction import Redactor
 from lora_assets.logs import PARTITION, TAGS
 from lora_assets.metrics import publish_metrics
 from lora_assets.outcome import failed_checks, failed_steps
-from lora_assets.settings import Settings
+from lora_assets.settings import Settings, load_settings
 from resources.alerts import Alert, Alerts
 from resources.run_log import RunLog, TrainingRun
 
@@ -50,6 +51,22 @@ def report_end(settings: Settings, instance: dg.DagsterInstance, run: dg.Dagster
     except Exception:
         # The run itself is over, and how it ended is in Dagster's own history.
         _logger.exception("the end of run %s could not be reported", run.run_id)
+
+
+def tell_not_begun(error: FinetuneError) -> None:
+    """Tell of what keeps a command from running anything: nobody looks at what a CronJob prints.
+
+    That another command is at work is no trouble.
+    """
+    if type(error) is TransientError:
+        return
+    passing = isinstance(error, TransientError)
+    remedy = "The next one tries again." if passing else "Do what the reason says: the next one meets the same."
+    try:
+        build_alerts(load_settings()).send(Alert("lora-assets run could not begin", str(error), remedy))
+    except ConfigurationError:
+        # Where the settings are wrong nobody knows whom to tell.
+        return
 
 
 def alerts_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> list[Alert]:

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
 
 from finetune.dataset.discovery import ExportFile, discover_exports
-from finetune.errors import ConfigurationError, DatasetError
+from finetune.errors import ConfigurationError, DatasetError, FinetuneError
 from lora_assets.catch_up import CatchUp, catch_up
-from lora_assets.cli.console import EXIT_TRANSIENT, Json, err, out, plain_errors, print_json, print_table
+from lora_assets.cli.console import EXIT_TRANSIENT, Json, P, err, out, plain_errors, print_json, print_table
 from lora_assets.freshness import DateState, date_states
 from lora_assets.settings import Settings, load_settings
 
 
+def _told(command: Callable[P, None]) -> Callable[P, None]:
+    """Send an alert where a command fails before it has run anything, unless it was to run nothing."""
+
+    @functools.wraps(command)
+    def wrapped(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            command(*args, **kwargs)
+        except FinetuneError as error:
+            if not kwargs.get("dry_run"):
+                from lora_assets.run_end import tell_not_begun
+
+                tell_not_begun(error)
+            raise
+
+    return wrapped
+
+
 @plain_errors
+@_told
 def run(
     date: Annotated[str | None, typer.Option(help="Only this dataset date (YYYY-MM-DD), even if current.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every date that is missing or stale.")] = False,
@@ -46,6 +65,7 @@ def run(
 
 
 @plain_errors
+@_told
 def backfill(
     since: Annotated[str, typer.Option("--from", help="First dataset date (YYYY-MM-DD).")],
     until: Annotated[str, typer.Option("--to", help="Last dataset date, itself included.")],

@@ -15,10 +15,12 @@ LESSER = re.compile(r"Lesser General Public License|Library or Lesser General Pu
 
 
 def licence(found: Distribution) -> str:
-    """What a distribution says of its licence: an expression, classifiers, or the first line of a text."""
+    """What a distribution says of its licence: an expression, classifiers, or the first line of a text or file."""
     metadata = found.metadata
     told = [metadata.get("License-Expression") or "", (metadata.get("License") or "").split("\n")[0]]
     told += [each for each in metadata.get_all("Classifier") or [] if each.startswith("License ::")]
+    if not any(told):
+        told = [(found.read_text("licenses/LICENSE") or "").split("\n")[0]]
     return "; ".join(each for each in told if each)
 
 

@@ -12,10 +12,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from dagster._core.events import EngineEventData
-from prometheus_client.parser import text_string_to_metric_families
+from typer.testing import CliRunner
 
 from finetune.errors import DatasetError, PermanentError, RemoteError, TransientError
-from lora_assets.run_end import alerts_of, fail_dead_runs, report_end
+from lora_assets.run_end import alerts_of, fail_dead_runs, report_end, tell_not_begun
 from lora_assets.settings import Settings, load_settings
 from resources.retries import RETRY_POLICY, no_retry_if_permanent
 from tests.resources.webhook_server import WebhookServer
@@ -177,6 +177,35 @@ def test_nothing_that_goes_wrong_while_telling_reaches_the_run(
     assert webhook.texts == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run"], 1),
+        (["backfill", "--from", "2026-06-01", "--to", "2026-06-02"], 1),
+        (["run", "--dry-run"], 0),
+    ],
+)
+def test_a_command_that_cannot_begin_is_told_of(
+    settings: Settings, webhook: WebhookServer, arguments: list[str], told: int
+) -> None:
+    from lora_assets.cli.app import app
+
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 1
+    assert len(webhook.texts) == told
+    for text in webhook.texts:
+        assert "lora-assets run could not begin" in text
+        assert str(settings.exports) in text
+
+
+def test_that_another_command_is_at_work_is_no_trouble(settings: Settings, webhook: WebhookServer) -> None:
+    tell_not_begun(TransientError("another lora-assets run is at work"))
+    assert webhook.texts == []
+    tell_not_begun(RemoteError("the database does not answer"))
+    [text] = webhook.texts
+    assert "The next one tries again" in text
+
+
 def every(kind: type[Exception]) -> list[type[Exception]]:
     return [kind, *(each for sub in kind.__subclasses__() for each in every(sub))]
 
@@ -259,11 +288,3 @@ def test_a_number_that_another_process_was_given_since_is_no_sign_of_life(
         run = started_run(instance, os.getpid())
         monkeypatch.setattr("lora_assets.run_end._began", lambda pid: time.time() + 60)
         assert fail_dead_runs(instance) == [run]
-
-
-def metrics(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
