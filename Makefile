@@ -38,7 +38,7 @@ check: .venv/.installed ## Lint, format, types, import contracts, definitions
 	@$(BIN)/dg list defs >/dev/null
 	@$(BIN)/dagster definitions validate -w workspace.yaml --log-level warning
 
-audit: .venv/.installed ## Licences of what is installed, and its known vulnerabilities (asks PyPI)
+audit: .venv/.installed ## Licences of what is installed, and its known vulnerabilities (needs the network)
 	@$(PYTHON) -m venv .venv/audit && .venv/audit/bin/pip install -q pip-audit==2.10.1 pip-licenses==5.5.5
 	@.venv/audit/bin/pip-licenses --python=$(BIN)/python --order=license
 	@.venv/audit/bin/pip-audit -r constraints.txt --no-deps --disable-pip --strict

@@ -77,10 +77,10 @@ def test_nothing_is_to_be_refused(path: Path) -> None:
     [
         ("python:3.11.14-slim-bookworm AS package", "python AS package", "not pinned: python"),
         ("nvidia/cuda:13.0.2-base-ubuntu24.04", "nvidia/cuda:latest", "not pinned: nvidia/cuda:latest"),
-        ("astral-sh/uv:0.9.11", "astral-sh/uv", "not pinned: ghcr.io/astral-sh/uv"),
+        ("--from=package /dist", "--from=wheels /dist", "not pinned: wheels"),
         ("COPY sensors sensors", "ADD sensors sensors", "ADD"),
         ("USER=lora", "HF_TOKEN=hf_x", "a secret: HF_TOKEN"),
-        ("-c /constraints/constraints-images.txt setuptools", "setuptools", "versions are not pinned"),
+        ("-c /constraints/constraints-images.txt setuptools uv", "setuptools uv", "versions are not pinned"),
         ("USER 1000:1000", "USER root", "runs as root"),
         ("HEALTHCHECK", "LABEL health=", "no health command"),
     ],
