@@ -232,10 +232,11 @@ def cpu_contests(root: Path, seeds: int) -> list[Contest]:
         held_out=str(data.eval_path),
         max_length=1024,
         micro_batch=8,
+        accumulation=2,
         steps=1,
     )
     return [
-        Contest("the embedded model, 2.5 million", case, overhead_steps=33, layout_steps=40, seeds=seeds),
+        Contest("the embedded model, 2.5 million", case, overhead_steps=23, layout_steps=40, seeds=seeds),
         Contest(
             "a random Llama, 30 million",
             dataclasses.replace(case, model=str(larger)),

@@ -53,11 +53,14 @@ def _norms(shape: ModelShape, trial: TrialConfig, framework: Framework, width: i
 
 def _attention(shape: ModelShape, trial: TrialConfig, framework: Framework, width: int) -> float:
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    columns = trial.max_length * (trial.micro_batch if trial.packing else 1)
+    # Packed records share a row, and a mask, unless each is attended to by itself.
+    shared = trial.packing and (trial.attention != "sdpa" or shape.windowed)
+    columns = trial.max_length * (trial.micro_batch if shared else 1)
     if trial.attention == "sdpa" and not (shape.fusable or framework.expands_kv):
         # PyTorch's plain implementation works in float32.
         return 4 * (q + 2 * kv + shape.heads * columns)
-    masked = framework.masks and (trial.micro_batch > 1 or trial.packing or trial.method == "prefix")
+    padded = trial.micro_batch > 1 and not trial.packing
+    masked = framework.masks and (padded or shared or trial.method == "prefix")
     if trial.attention == "eager":
         # The softmax in float32, its copy in the base model's precision, and the bounded scores.
         per_score = 4 + (width if width < 4 else 0) + (width if shape.softcapped else 0)

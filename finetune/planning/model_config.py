@@ -58,7 +58,8 @@ class ModelShape:
     feed-forward (its inputs are scaled). `hidden_norms` counts the normalized inputs of hidden width in a
     layer (two norms may share one). A `composed_activation` is made of several plain operations and keeps
     what each was given. `softcapped` attention bounds its scores by a tanh. Attention is not `fusable`
-    where one key head serves all query heads unrepeated: PyTorch's fused kernels want as many.
+    where one key head serves all query heads unrepeated: PyTorch's fused kernels want as many. In `windowed` models
+    some layers see the last tokens alone.
     """
 
     model_type: str
@@ -83,6 +84,7 @@ class ModelShape:
     composed_activation: bool
     softcapped: bool
     fusable: bool
+    windowed: bool
 
     @property
     def linear_parameters(self) -> int:
@@ -192,6 +194,7 @@ class _Reader:
             composed_activation=(self.config.get("hidden_act") or activation) in _COMPOSED_ACTIVATIONS,
             fusable=fusable,
             softcapped=self.config.get("attn_logit_softcapping") is not None,
+            windowed=bool(self.config.get("sliding_window")) and self.flag("use_sliding_window", True),
         )
 
 

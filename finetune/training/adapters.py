@@ -11,6 +11,7 @@ from finetune.base_model.remote_code import remedy_for
 from finetune.errors import BaseModelError, ConfigurationError
 from finetune.planning.model_config import ModelShape
 from finetune.planning.models import TrainableMethod, TrialConfig
+from finetune.training.packed_attention import attend_by_record
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -166,6 +167,8 @@ def load_base_model(base_model: BaseModelRef, trial: TrialConfig, *, shards: int
                 where=base_model.path,
                 remedy=remedy,
             )
+    if trial.packing:
+        attend_by_record(model)
     return model
 
 

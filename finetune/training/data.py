@@ -24,7 +24,7 @@ IGNORED_LABEL = -100
 _CHUNK = 2048
 _NAMED = 5
 # Micro-batches that are sorted by length together: many enough to pad little, few enough to stay random.
-_BUCKET = 50
+_BUCKET = 8
 
 Ints = npt.NDArray[np.int64]
 
@@ -132,34 +132,32 @@ def total_steps(records: int, trial: TrialConfig) -> int:
 def training_order(lengths: Ints, trial: TrialConfig) -> Ints:
     """The indices of all records that a training sees, micro-batch after micro-batch.
 
-    Every epoch is a new permutation. Without packing a micro-batch holds records of similar length, so that
-    little is padded, and the order of the micro-batches is random; packed records need no padding and stay
-    in random order. What does not fill a micro-batch goes over to the next epoch. The order depends on
-    nothing but the arguments: whoever resumes at a step knows what was trained before it, and which records
-    a step saw.
+    Every epoch is a new permutation; what does not fill a step goes over to the next one. Without packing a micro-batch
+    holds records of similar length, so that little is padded, and the micro-batches of a step are of different lengths,
+    so that every step sees long and short records alike; packed records need no padding and stay in random order. The
+    order depends on nothing but the arguments: whoever resumes at a step knows what was trained before it, and which
+    records a step saw.
     """
-    count, size = len(lengths), trial.micro_batch
-    if trial.max_steps is not None:
-        wanted = trial.max_steps * trial.effective_batch
-    else:
-        wanted = max(1, round(count * trial.epochs))
+    count, size = len(lengths), trial.effective_batch
+    wanted = trial.max_steps * size if trial.max_steps is not None else max(1, round(count * trial.epochs))
     parts: list[Ints] = []
     rest = np.empty(0, np.int64)
     for epoch in range(math.ceil(wanted / count)):
         generator = np.random.default_rng([trial.seed, epoch])
         pool = np.concatenate([rest, generator.permutation(count)])
         full = len(pool) // size * size
-        parts.append(pool[:full] if trial.packing else _by_length(pool[:full], lengths, size, generator))
+        parts.append(pool[:full] if trial.packing else _by_length(pool[:full], lengths, trial, generator))
         rest = pool[full:]
     return np.concatenate([*parts, rest])[:wanted]
 
 
-def _by_length(pool: Ints, lengths: Ints, size: int, generator: np.random.Generator) -> Ints:
-    sorted_buckets = []
-    for start in range(0, len(pool), _BUCKET * size):
-        bucket = pool[start : start + _BUCKET * size]
-        sorted_buckets.append(bucket[np.argsort(-lengths[bucket], kind="stable")])
-    if not sorted_buckets:
-        return pool
-    batches = np.concatenate(sorted_buckets).reshape(-1, size)
-    return batches[generator.permutation(len(batches))].reshape(-1)
+def _by_length(pool: Ints, lengths: Ints, trial: TrialConfig, generator: np.random.Generator) -> Ints:
+    """Whole steps, each with a micro-batch from every stratum of the lengths (as in stratified sampling)."""
+    steps = [np.empty((0, trial.effective_batch), np.int64)]
+    bucket_size = math.ceil(_BUCKET / trial.accumulation) * trial.effective_batch
+    for start in range(0, len(pool), bucket_size):
+        bucket = pool[start : start + bucket_size]
+        strata = bucket[np.argsort(-lengths[bucket], kind="stable")].reshape(trial.accumulation, -1, trial.micro_batch)
+        mixed = np.stack([generator.permutation(s) for s in strata], axis=1)
+        steps.append(mixed.reshape(len(mixed), -1))
+    return generator.permutation(np.concatenate(steps)).reshape(-1)

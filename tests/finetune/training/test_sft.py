@@ -201,7 +201,7 @@ def test_packed_and_padded_batches_give_the_same_losses(make_request: MakeReques
 
 # The random Llama of `small_model`, in float32 on a CPU. The tolerance leaves room for other libraries of linear
 # algebra, and none for another learning rate, order of records or mask.
-GOLDEN = [5.8138, 5.7971, 5.6787, 5.5193, 5.3960, 5.3366, 5.3330, 5.2571, 5.2388]
+GOLDEN = [5.8138, 5.8037, 5.6774, 5.5244, 5.3946, 5.3489, 5.2839, 5.2525, 5.2864]
 TOLERANCE = 5e-3
 
 
