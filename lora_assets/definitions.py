@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import ValidationError
 
 from finetune.errors import ConfigurationError
-from lora_assets.assets import dataset, drift, evaluation, export, training
+from lora_assets.assets import dataset, drift, evaluation, export, search, training
 from lora_assets.checks import ALL_CHECKS, GGUF_CHECK
 from lora_assets.jobs import champion_drift, train_and_export
 from lora_assets.logs import console
@@ -21,6 +21,7 @@ from resources.artifact_store import ArtifactStore, ValueStore
 from resources.base_model import BaseModelSource
 from resources.ollama import OllamaServer
 from resources.run_log import RunLog, TrainingRun
+from resources.study import StudyStore
 from resources.trainer import LoraTrainer
 from sensors.export_arrival import build_export_arrival_sensor
 from sensors.run_failure import (
@@ -158,6 +159,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             *([export.modelfile] if "ollama" in settings.targets else []),
             *([export.lmstudio_export] if "lmstudio" in settings.targets else []),
             drift.drift_report,
+            search.hpo_study,
         ],
         asset_checks=[
             *(check for check in ALL_CHECKS if settings.needs_gguf or check is not GGUF_CHECK),
@@ -191,6 +193,9 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             "base_model": build_base_model(settings),
             "trainer": build_trainer(settings),
             "run_log": RunLog(
+                database_url=secret("DATABASE_URL", settings.database_url) or "", data_dir=str(layout.root)
+            ),
+            "studies": StudyStore(
                 database_url=secret("DATABASE_URL", settings.database_url) or "", data_dir=str(layout.root)
             ),
             "ollama": OllamaServer(host=settings.ollama_host, timeout=600),

@@ -42,10 +42,7 @@ class ValueStore(dg.ConfigurableIOManager):
 
     def handle_output(self, context: dg.OutputContext, obj: BaseModel) -> None:
         """Write the value atomically."""
-        partition = context.asset_partition_key if context.has_asset_partitions else None
-        write_bytes_atomically(
-            self.path_of(context.asset_key, partition), (obj.model_dump_json(indent=2) + "\n").encode()
-        )
+        write_bytes_atomically(self._path(context), (obj.model_dump_json(indent=2) + "\n").encode())
 
     def load_input(self, context: dg.InputContext) -> Any:
         """Read the value back as the type that the consumer's parameter is annotated with.
@@ -53,15 +50,26 @@ class ValueStore(dg.ConfigurableIOManager):
         Raises:
             Failure: it was never materialized for this partition, which trying again does not change.
         """
-        partition = context.asset_partition_key if context.has_asset_partitions else None
-        path = self.path_of(context.asset_key, partition)
+        path = self._path(context)
         with no_retry_if_permanent():
             try:
                 content = path.read_bytes()
             except FileNotFoundError as error:
+                partition = context.asset_partition_key if context.has_asset_partitions else None
+                name = context.asset_key.to_user_string() if context.has_asset_key else context.name
                 raise ArtifactError(
-                    f"{context.asset_key.to_user_string()} was never materialized for {partition}",
+                    f"{name} was never materialized for {partition}",
                     where=path,
                     remedy="Materialize it first",
                 ) from error
         return TypeAdapter(context.dagster_type.typing_type).validate_json(content)
+
+    def _path(self, context: dg.OutputContext | dg.InputContext) -> Path:
+        if context.has_asset_key:
+            partition = context.asset_partition_key if context.has_asset_partitions else None
+            return self.path_of(context.asset_key, partition)
+        # Between the steps of one asset; under the run, beside the assets' values.
+        step = context if isinstance(context, dg.OutputContext) else context.upstream_output
+        if step is None:
+            raise ArtifactError("a value of no step", where=self.directory, remedy="Only assets' steps hand values on")
+        return Path(self.directory, ".steps", *step.get_identifier()).with_suffix(".json")
