@@ -20,7 +20,7 @@ from finetune.registry.history import read_events, reigns
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.store import list_versions
 
-Rule = Literal["temporary", "checkpoints", "work", "exports", "adapter", "index"]
+Rule = Literal["temporary", "checkpoints", "work", "exports", "adapter", "index", "values"]
 # What is made anew from a version where it is needed again; reports of its evaluation stay.
 _EXPORTS = ("merged", "gguf", "ollama", "lmstudio")
 _DAY = 24 * 3600
@@ -63,7 +63,7 @@ def find_garbage(root: Path, *, keep: int, days: float, live: frozenset[str], bu
     versions = {path.name: list_versions(path) for path in registries}
     served = {run_id for path in registries for run_id in _served(path, versions[path.name], keep)}
     trained = {version.run_id for known in versions.values() for version in known if version.status != "collected"}
-    found = [*_temporary(root), *_work(root, days, live), *_indexes(root, days)]
+    found = [*_temporary(root), *_work(root, days, live), *_indexes(root, days), *_values(root, days)]
     if not busy:
         found += [*_exports(root, days, live | served), *_adapters(root, days, live | trained)]
     return sorted(found, key=lambda garbage: (garbage.rule, garbage.path))
@@ -147,6 +147,13 @@ def _indexes(root: Path, days: float) -> Iterator[Garbage]:
     for path in (root / "prepared").glob("*/.index/[!.]*"):
         if is_complete(path) and _is_old(path, days):
             yield Garbage("index", path, _size(path))
+
+
+def _values(root: Path, days: float) -> Iterator[Garbage]:
+    """What the steps of one asset handed to each other, by run."""
+    for path in _children(root / "assets" / ".steps"):
+        if path.is_dir() and _is_old(path, days):
+            yield Garbage("values", path, _size(path))
 
 
 def _children(directory: Path) -> list[Path]:

@@ -27,6 +27,7 @@ _MEANING = {
     "exports": "of versions that are not kept",
     "adapter": "of no version, or of a collected one",
     "index": "of exports that nobody prepares any more",
+    "values": "between the steps of old runs",
 }
 
 

@@ -39,7 +39,7 @@ def test_a_run_killed_while_it_trains_is_closed_and_the_next_one_succeeds(export
     assert process.wait() == -signal.SIGKILL, "otherwise the fault did not strike"
     assert run_statuses(exports) == ["STARTED"]
     assert [row["status"] for row in exports.run_json("runs")] == ["RUNNING"]
-    assert not exports.layout.adapter("").exists()
+    assert not (exports.root / "adapters").exists()
 
     again = exports.run("run")
     assert again.returncode == 0, again.stdout + again.stderr

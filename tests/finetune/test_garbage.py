@@ -189,6 +189,15 @@ def test_an_index_goes_when_nobody_used_it_for_long_and_prepared_datasets_never_
     assert found() == {"prepared/brain/.index/old"}
 
 
+def test_values_between_steps_go_with_age_and_the_assets_own_never_do(layout: DataLayout, found: Found) -> None:
+    for name, days in {".steps/old": DAYS + 1, ".steps/new": DAYS - 1, "brain/adapter": 300.0}.items():
+        path = layout.asset_values / name
+        path.mkdir(parents=True)
+        (path / "value.json").write_text("{}")
+        aged(path, days)
+    assert found() == {"assets/.steps/old"}
+
+
 def test_a_preparation_renews_the_age_of_the_indexes_that_it_uses(layout: DataLayout) -> None:
     from finetune.dataset.discovery import discover_exports
     from finetune.dataset.parameters import PrepareParameters
