@@ -92,7 +92,7 @@ def merge_adapter(
         updates = read_updates(adapter_path, config)
         plan = None if updates is None else plan_merge(base_model.path, updates)
         if plan is None:
-            merged_tensors = merge_through_peft(base_model.path, adapter_path, config, staging.path)
+            merged_tensors = merge_through_peft(base_model, adapter_path, config, staging.path)
         else:
             merged_tensors = plan.changed
             _change_json(staging.path / "config.json", plan.config)

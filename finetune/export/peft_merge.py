@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import ExportError
+from finetune.base_model.models import BaseModelRef
+from finetune.base_model.remote_code import remedy_for
+from finetune.errors import BaseModelError, ExportError
 from finetune.evaluation.adapters import load_adapter
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def refuse_unmergeable(config: Mapping[str, Any], adapter_path: Path) -> None:
         )
 
 
-def merge_through_peft(model_path: Path, adapter_path: Path, config: Mapping[str, Any], output: Path) -> int:
+def merge_through_peft(base_model: BaseModelRef, adapter_path: Path, config: Mapping[str, Any], output: Path) -> int:
     """Load base and adapter, merge, and write safetensors with index and configuration into `output`.
 
     The base is loaded in its own precision, also for an adapter that was trained on a quantized base.
@@ -45,12 +47,22 @@ def merge_through_peft(model_path: Path, adapter_path: Path, config: Mapping[str
 
     Raises:
         ArtifactError: the adapter is damaged or does not fit the base model.
+        BaseModelError: the base model cannot be loaded.
         ExportError: peft cannot merge this adapter.
     """
     import torch
     from transformers import AutoModelForCausalLM
 
-    base = AutoModelForCausalLM.from_pretrained(model_path, dtype="auto", local_files_only=True)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(
+            base_model.path, dtype="auto", local_files_only=True, trust_remote_code=base_model.trust_remote_code
+        )
+    except ValueError as error:
+        raise BaseModelError(
+            f"the base model {base_model.name} cannot be loaded: {error}",
+            where=base_model.path,
+            remedy=remedy_for(error, "Point BASE_MODEL_NAME at a whole model directory"),
+        ) from error
     added = _added_rows(adapter_path, base.get_input_embeddings().weight.shape[0])
     if added:
         base.resize_token_embeddings(added)

@@ -68,6 +68,17 @@ def test_training_loads_it_only_if_it_is_trusted(untrusted: BaseModelRef) -> Non
     assert type(load_base_model(trusted(untrusted), TrialConfig(trial_id="t"))).__name__ == "Ours"
 
 
+def test_a_merge_through_peft_loads_it_only_if_it_is_trusted(
+    untrusted: BaseModelRef, adapter: Path, tmp_path: Path
+) -> None:
+    from finetune.export.peft_merge import merge_through_peft
+
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    with pytest.raises(BaseModelError, match=REFUSED):
+        merge_through_peft(untrusted, adapter, config, tmp_path)
+    assert merge_through_peft(trusted(untrusted), adapter, config, tmp_path) > 0
+
+
 def test_merge_and_gguf_verification_load_it_only_if_it_is_trusted(
     untrusted: BaseModelRef, adapter: Path, tmp_path: Path
 ) -> None:
