@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check audit format dev h2o-gateway bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory bench-train bench-sensor clean
+.PHONY: help setup demo test check audit format dev h2o-gateway bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory bench-search bench-train bench-sensor clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -69,6 +69,9 @@ bench-merge: .venv/.installed ## Merging beside peft, and beside a plain copy
 
 bench-memory: .venv/.installed ## Estimated memory beside published measurements, line by line
 	@$(BIN)/python -m benchmarks.memory.bench
+
+bench-search: .venv/.installed ## Search strategies beside chance, on standard functions (--tiny: real trainings)
+	@$(BIN)/python -m benchmarks.search.bench
 
 bench-train: .venv/.installed ## Training beside a plain TRL script: overhead, layout, start-up
 	@$(BIN)/python -W ignore -m benchmarks.training.bench
