@@ -81,8 +81,25 @@ class RunRetries(Strict):
     retryOnAssetOrOpFailure: bool
 
 
+class Configurable(Strict):
+    module: str
+    name: str = Field(alias="class")
+    config: dict[str, Any]
+
+
+class RunCoordinatorConfig(Strict):
+    customRunCoordinator: Configurable
+
+
+class RunCoordinator(Strict):
+    enabled: bool
+    type: Literal["CustomRunCoordinator"]
+    config: RunCoordinatorConfig
+
+
 class Daemon(Container):
     enabled: bool
+    runCoordinator: RunCoordinator
     runMonitoring: RunMonitoring
     runRetries: RunRetries
 

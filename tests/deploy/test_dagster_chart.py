@@ -73,6 +73,15 @@ def test_the_instance_is_the_one_that_the_tests_of_the_cluster_run() -> None:
         assert launcher[name] == expected, name
 
 
+def test_the_queue_is_that_of_one_machine() -> None:
+    queue = Values.model_validate(values()).dagsterDaemon.runCoordinator
+    assert queue.enabled
+    custom = queue.config.customRunCoordinator
+    on_one_machine = load(ROOT / "lora_assets/dagster.yaml")["run_coordinator"]
+    assert {"module": custom.module, "class": custom.name} == on_one_machine
+    assert custom.config == {}
+
+
 def test_both_charts_speak_of_the_same_things() -> None:
     found = Values.model_validate(values())
     ours = {(each["kind"], each["metadata"]["name"]) for each in documents(ROOT / "deploy/kubernetes/default.yaml")}
