@@ -10,7 +10,6 @@ that a line is a record if and only if its outline is one. All other lines are l
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
 from typing import NamedTuple
@@ -26,9 +25,12 @@ _LONG_BYTES = 64
 # Begins a text's mark. No other text of a line in outline holds it: JSON allows it as a \u escape alone.
 _MARK = "\x01"
 _MARKS_STEP = 4096
+# Where more than one of so many bytes is a quote, an escape, or the start of a character of three bytes or four (short
+# turns, \\u escapes, Chinese), lines are read faster one by one.
+_BYTES_PER_SPECIAL = 10
 
 Positions = npt.NDArray[np.int64]
-_Characters = npt.NDArray[np.uint8]
+Characters = npt.NDArray[np.uint8]
 _Mask = npt.NDArray[np.bool_]
 
 
@@ -43,18 +45,14 @@ class Texts(dict[str, bytes]):
         return normal
 
 
-@dataclass(frozen=True)
-class Outlined:
-    """Lines in outline, an empty one for each that must be read whole; where lines start and their line feeds are."""
-
-    outlines: list[bytes]
-    texts: Texts
-    starts: list[int]
-    ends: list[int]
+def worth_outlining(characters: Characters) -> bool:
+    """Whether lines are of the kind that is read faster in outline."""
+    quotes, slashes = (np.count_nonzero(characters == ord(character)) for character in '"\\')
+    return bool(_BYTES_PER_SPECIAL * (quotes + slashes + np.count_nonzero(characters >= 0xE0)) < len(characters))
 
 
-def outlined(data: bytes, long_bytes: int = _LONG_BYTES) -> Outlined:
-    """Take the long texts out of lines.
+def outlined(data: bytes, long_bytes: int = _LONG_BYTES) -> tuple[list[bytes], Texts]:
+    """Lines in outline, an empty one for each that must be read whole, and the texts that were taken out.
 
     Args:
         data: lines, each with a line feed.
@@ -87,9 +85,10 @@ def outlined(data: bytes, long_bytes: int = _LONG_BYTES) -> Outlined:
         texts[number] = normalize("NFC", texts[number].decode()).encode()
     marks, written = _marks(-(-len(texts) // _MARKS_STEP) * _MARKS_STEP)
     outlines = _without(data, opening.tolist(), closing.tolist(), written).split(b"\n")[:-1]
+    whole |= ~_any_within(opening, found.starts, found.ends)
     for number in np.flatnonzero(whole).tolist():
         outlines[number] = b""
-    return Outlined(outlines, Texts(zip(marks, texts, strict=False)), found.starts.tolist(), found.ends.tolist())
+    return outlines, Texts(zip(marks, texts, strict=False))
 
 
 def _without(data: bytes, starts: list[int], ends: list[int], marks: list[bytes]) -> bytes:
@@ -127,7 +126,7 @@ class _Special(NamedTuple):
     literal: _Mask
 
 
-def _special(characters: _Characters) -> _Special:
+def _special(characters: Characters) -> _Special:
     # (To look for all of them at once takes a third of the time.)
     places = np.flatnonzero((characters < ord(" ")) | (characters == ord('"')) | (characters == ord("\\")))
     kinds = characters[places]
@@ -138,7 +137,7 @@ def _special(characters: _Characters) -> _Special:
     parting[np.searchsorted(quotes, escapes[escaped == ord('"')] + 1)] = False
     ends = places[kinds == ord("\n")]
     return _Special(
-        starts=np.concatenate(([0], ends[:-1] + 1)) if len(ends) else ends,
+        starts=np.concatenate(([0], ends[:-1] + 1)),
         ends=ends,
         controls=controls,
         quotes=quotes[parting],
@@ -165,7 +164,7 @@ def _strings(found: _Special, whole: _Mask) -> tuple[Positions, Positions]:
     return quotes[::2] + 1, quotes[1::2]
 
 
-def _beyond_ascii(characters: _Characters) -> tuple[Positions, Positions]:
+def _beyond_ascii(characters: Characters) -> tuple[Positions, Positions]:
     """What is no UTF-8 (RFC 3629), and characters that NFC may change.
 
     Of a character that is cut off, the byte after it is told. All characters may change, or their neighbours by them,
@@ -192,7 +191,7 @@ def _beyond_ascii(characters: _Characters) -> tuple[Positions, Positions]:
     return np.flatnonzero(wrong), rare[~(cyrillic | punctuation | emoji)]
 
 
-def _folded(characters: _Characters, folding: Positions, literal: Positions) -> tuple[_Characters, Positions]:
+def _folded(characters: Characters, folding: Positions, literal: Positions) -> tuple[Characters, Positions]:
     """Characters without escapes and with white space folded, and which of them were dropped for that."""
     spaces = characters == ord(" ")
     spaces[folding] = spaces[folding + 1] = True
@@ -204,7 +203,7 @@ def _folded(characters: _Characters, folding: Positions, literal: Positions) -> 
     return changed[~drop], np.flatnonzero(drop)
 
 
-def _perhaps_blank(folded: _Characters, first: Positions, last: Positions) -> _Mask:
+def _perhaps_blank(folded: Characters, first: Positions, last: Positions) -> _Mask:
     """Which stretches may hold nothing but white space, Unicode's included: they begin like it."""
     begin = folded[first]
     perhaps: _Mask = (first >= last) | (begin == 0xC2) | ((begin >= 0xE1) & (begin <= 0xE3))

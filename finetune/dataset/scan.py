@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import codecs
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from struct import Struct
 from typing import Any
 
+import numpy as np
 import orjson
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from finetune.dataset.diagnosis import check_depth, diagnose
-from finetune.dataset.normalization import content_key
-from finetune.dataset.outlines import Texts, outlined
+from finetune.dataset.normalization import content_key, key_of_parts
+from finetune.dataset.outlines import Characters, Positions, Texts, outlined, worth_outlining
 from finetune.dataset.reading import changed, opened, read_exactly
 from finetune.dataset.rules import RejectedError, Turn, checked_turns
 from finetune.dataset.screening import Screened, Screener, Screening
@@ -30,6 +32,7 @@ RECORD = Struct("<16sQQI")
 _ESCAPED_NUL = b"\\u0000"
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 120
+_RETURN = ord("\r")
 _SCAN_AHEAD = 1 << 16
 _Decoder = codecs.getincrementaldecoder("utf-8")
 
@@ -100,8 +103,8 @@ def scan_range(task: RangeTask) -> RangeScan:
         TransientError: the file is not the one that was hashed.
     """
     found = _read_lines(task)
-    seen = outlined(found.data)
-    scan = RangeScan(lines=len(seen.outlines))
+    seen = _look(found.data, task.limits)
+    scan = RangeScan(lines=len(seen.ends))
     records: list[bytes] = []
     screener = Screener(task.screening) if task.screening else None
     limits, last = task.limits, scan.lines - 1
@@ -111,11 +114,9 @@ def scan_range(task: RangeTask) -> RangeScan:
         try:
             if outline and length <= limits.max_line_bytes:
                 content, prompt = _read_outline(outline, seen.texts, limits)
-                start, kept = offset, length - outline.endswith(b"\r")
             else:
-                line = found.data[begin:end]
-                content, prompt = content_key(checked_turns(loads(line, limits)))
-                start, kept = offset, length - line.endswith(b"\r")
+                content, prompt = _read_whole(found.data[begin:end], number in seen.suspects, limits)
+            start, kept = offset, length - (found.data[end - 1] == _RETURN)
         except ValueError:
             line = found.data[begin:end]
             body = line.removeprefix(_BOM)
@@ -147,11 +148,39 @@ def scan_range(task: RangeTask) -> RangeScan:
     return scan
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """Where lines start and their line feeds are; their outlines and the texts left out of these; which are suspect."""
+
+    starts: list[int]
+    ends: list[int]
+    outlines: list[bytes]
+    texts: Texts
+    suspects: Container[int]
+
+
+def _look(data: bytes, limits: Limits) -> _Seen:
+    characters = np.frombuffer(data, np.uint8)
+    ends = np.flatnonzero(characters == ord("\n"))
+    starts = np.concatenate(([0], ends[:-1] + 1))[: len(ends)]
+    if worth_outlining(characters):
+        outlines, texts = outlined(data)
+        return _Seen(starts.tolist(), ends.tolist(), outlines, texts, range(len(ends)))
+    suspects = _suspects(characters, starts, ends, limits)
+    return _Seen(starts.tolist(), ends.tolist(), [b""] * len(ends), Texts(), suspects)
+
+
+def _read_whole(line: bytes, suspect: bool, limits: Limits) -> tuple[bytes, bytes]:
+    """Fast too: whatever fails here, for whatever reason, is examined anew."""
+    return content_key(checked_turns(loads(line, limits) if suspect else orjson.loads(line)))
+
+
 def _read_outline(outline: bytes, texts: Texts, limits: Limits) -> tuple[bytes, bytes]:
-    """The fast way: whatever fails here, for whatever reason, is examined anew."""
+    """The fastest way, of which the same is true."""
     if outline.count(b"{") + outline.count(b"[") > limits.max_depth:
         check_depth(outline, limits.max_depth)
-    return content_key(checked_turns(orjson.loads(outline)), texts.__getitem__)
+    turns = checked_turns(orjson.loads(outline))
+    return key_of_parts(turns, [texts[part] for turn in turns for part in turn])
 
 
 def loads(line: bytes, limits: Limits) -> Any:
@@ -227,3 +256,19 @@ def _read_lines(task: RangeTask) -> _Lines:
                 rest += piece
         length = position - tail_start
         return _Lines(offset, b"".join((data, rest, b"\n")), terminated, length if length > longest else None)
+
+
+def _suspects(characters: Characters, starts: Positions, ends: Positions, limits: Limits) -> frozenset[int]:
+    """Which lines may be over-long, too deep or hold an escaped NUL: all others need no look beyond their parser's.
+
+    They are found in all lines at once, which takes a fifth of the time of looking at one after the other.
+    """
+    # Brackets and braces differ in this one bit.
+    opening = np.flatnonzero((characters | 0x20) == ord("{"))
+    opened_before = np.searchsorted(opening, ends)
+    suspected = (ends - starts > limits.max_line_bytes) | (np.diff(opened_before, prepend=0) > limits.max_depth)
+    escapes = np.flatnonzero(characters[: 1 - len(_ESCAPED_NUL)] == _ESCAPED_NUL[0])
+    for place, character in enumerate(_ESCAPED_NUL[1:], 1):
+        escapes = escapes[characters[escapes + place] == character]
+    suspected[np.searchsorted(ends, escapes)] = True
+    return frozenset(np.flatnonzero(suspected).tolist())

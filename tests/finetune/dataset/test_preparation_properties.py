@@ -25,7 +25,7 @@ from finetune.dataset.outlines import _beyond_ascii, outlined
 from finetune.dataset.prepare import PrepareParameters, prepare_dataset
 from finetune.dataset.records import as_messages, prompt_text
 from finetune.dataset.rules import RejectedError, checked_turns
-from finetune.dataset.scan import Limits, _examine, _read_outline, loads
+from finetune.dataset.scan import Limits, _examine, _read_outline, _suspects, loads
 from finetune.errors import DatasetError
 from finetune.layout import DataLayout
 
@@ -210,20 +210,26 @@ def keys_of(turns: list[tuple[str, str]] | None) -> Keys | None:
 
 def in_outline(lines: list[bytes]) -> list[Keys | None]:
     """What is hashed of each line, if it can be read in outline: None where it is left to slower ways, or refused."""
-    seen = outlined(b"".join(line + b"\n" for line in lines), SHORTEST)
-    assert len(seen.outlines) == len(lines)
+    outlines, texts = outlined(b"".join(line + b"\n" for line in lines), SHORTEST)
+    assert len(outlines) == len(lines)
     found: list[Keys | None] = []
-    for outline in seen.outlines:
+    for outline in outlines:
         try:
-            found.append(_read_outline(outline, seen.texts, LIMITS) if outline else None)
+            found.append(_read_outline(outline, texts, LIMITS) if outline else None)
         except ValueError:
             found.append(None)
     return [keys if len(line) <= LIMITS.max_line_bytes else None for keys, line in zip(found, lines, strict=True)]
 
 
+def suspects(lines: list[bytes]) -> frozenset[int]:
+    characters = np.frombuffer(b"".join(line + b"\n" for line in lines), np.uint8)
+    ends = np.cumsum([len(line) + 1 for line in lines]) - 1
+    return _suspects(characters, np.append(0, ends[:-1] + 1), ends, LIMITS)
+
+
 def whole_and_exact(line: bytes) -> tuple[list[tuple[str, str]] | None, list[tuple[str, str]] | None]:
     try:
-        whole = checked_turns(loads(line, LIMITS))
+        whole = checked_turns(loads(line, LIMITS) if suspects([line]) else orjson.loads(line))
     except ValueError:
         whole = None
     try:
@@ -327,6 +333,16 @@ def test_lines_in_outline_are_hashed_as_the_reference_reads_them_or_left_whole()
     # What stands beside a line has no part in it.
     for number in range(0, len(lines), 7):
         assert in_outline([lines[number]]) == [found[number]]
+
+
+def test_lines_are_suspected_side_by_side_as_they_are_alone() -> None:
+    chance = random.Random(22)
+    seeds = [line.encode() for line in SEEDS]
+    lines = [mutated(chance, seeds) if chance.random() < 0.9 else b"" for _ in range(3000)]
+    alone = {number for number, line in enumerate(lines) if suspects([line])}
+
+    assert suspects(lines) == alone
+    assert 100 < len(alone) < 2900
 
 
 def test_bytes_that_are_no_utf8_are_found_wherever_they_stand() -> None:
