@@ -289,10 +289,9 @@ def conclude(opened: Opened, on_progress: Progress) -> StepResult:
     ended = experiment.over()
     best = best_trial(history)
     merged = _merge(opened, best, on_progress) if best and experiment.spec.auto_merge else None
-    adopted = keep_configuration(layout.configurations, best.trial_config) if best and best.trial_config else None
-    result = experiment_result(
-        experiment.name, experiment.spec, history, ended=ended, merged_path=merged, adopted=adopted
-    )
+    if best and best.trial_config:
+        keep_configuration(layout.configurations, best.trial_config)
+    result = experiment_result(experiment.name, experiment.spec, history, ended=ended, merged_path=merged)
     publish_report(
         layout.experiment(experiment.name),
         name=experiment.name,
@@ -301,7 +300,6 @@ def conclude(opened: Opened, on_progress: Progress) -> StepResult:
         history=history,
         ended=ended,
         result=result,
-        adopted=adopted,
     )
     return result
 

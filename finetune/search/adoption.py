@@ -9,18 +9,20 @@ from pydantic import ValidationError
 from finetune.errors import ArtifactError, ConfigurationError
 from finetune.planning.models import Method, TrialConfig
 from finetune.planning.overrides import PlanOverrides
-from finetune.publishing import canonical_json, sha256_file, write_bytes_atomically
+from finetune.publishing import canonical_json, sha256_file, sha256_json, write_bytes_atomically
+
+
+def configuration_hash(trial: TrialConfig) -> str:
+    """The name of a configuration: SHA-256 of its canonical JSON."""
+    return sha256_json(trial.model_dump(mode="json"))
 
 
 def keep_configuration(directory: Path, trial: TrialConfig) -> str:
-    """Write a configuration under its SHA-256; equal ones are one file. Returns the hash."""
-    import hashlib
-
-    content = canonical_json(trial.model_dump(mode="json"))
-    name = hashlib.sha256(content).hexdigest()
+    """Write a configuration under its hash, which is returned; equal ones are one file."""
+    name = configuration_hash(trial)
     path = directory / f"{name}.json"
     if not path.exists():
-        write_bytes_atomically(path, content)
+        write_bytes_atomically(path, canonical_json(trial.model_dump(mode="json")))
     return name
 
 

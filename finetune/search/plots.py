@@ -111,7 +111,8 @@ def parameter_importances(history: Sequence[TrialRecord], space: Space) -> dict[
         return {}
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
 
-    found = get_param_importances(study_of(completed, space), evaluator=PedAnovaImportanceEvaluator())
+    names = [name for name in best.params if name != "method"]
+    found = get_param_importances(study_of(completed, space), evaluator=PedAnovaImportanceEvaluator(), params=names)
     return {name.rpartition(".")[2]: share for name, share in found.items() if math.isfinite(share)}
 
 

@@ -34,7 +34,6 @@ def publish_report(
     history: Sequence[TrialRecord],
     ended: StopReason | None,
     result: StepResult,
-    adopted: str | None,
 ) -> None:
     """Publish ``result.json``, ``report.html`` and the pictures, in the place of an earlier report of the experiment.
 
@@ -46,7 +45,6 @@ def publish_report(
         history: all trials.
         ended: why it is over, if it is.
         result: what is handed back.
-        adopted: the hash by which a plan adopts the best trial.
 
     Raises:
         StorageFullError: the disk is full.
@@ -67,7 +65,7 @@ def publish_report(
         best=best_trial(history),
         budget=budget_of(history, spec.budget_gpu_hours),
         ended=ended,
-        adopted=adopted,
+        adopted=result.metadata["adopt_trial"],
         shown=shown,
         captions=CAPTIONS,
         plots={file: base64.b64encode(picture).decode() for file, picture in plots.items()},

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.search.adoption import configuration_hash
 from finetune.search.ledger import best_trial, budget_of
 from finetune.search.models import StepResult, StopReason, TrialRecord
 from finetune.search.space import plain
@@ -18,7 +19,6 @@ def experiment_result(
     *,
     ended: StopReason | None,
     merged_path: Path | None = None,
-    adopted: str | None = None,
 ) -> StepResult:
     """The experiment as it stands.
 
@@ -28,9 +28,9 @@ def experiment_result(
         history: all trials.
         ended: why it is over, or None while it is not.
         merged_path: the merged model, where one was made.
-        adopted: the hash by which a plan adopts the best trial.
     """
     best = best_trial(history)
+    found = best.trial_config if best else None
     budget = budget_of(history, spec.budget_gpu_hours)
     artifact = merged_path or (best.adapter_path if best else None)
     return StepResult(
@@ -46,10 +46,10 @@ def experiment_result(
         output_text="\n".join([*map(_line, history), _conclusion(spec, best, ended)]),
         metadata={
             "total_trials": len(history),
-            "best_trial_id": best.trial_config.trial_id if best and best.trial_config else None,
+            "best_trial_id": found.trial_id if found else None,
             "gpu_hours_used": budget.used,
             "merged_path": str(merged_path) if merged_path else None,
-            "adopt_trial": adopted,
+            "adopt_trial": configuration_hash(found) if found else None,
         },
     )
 

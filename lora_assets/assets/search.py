@@ -7,9 +7,7 @@ from pydantic import BaseModel, Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.search.candidates import Bench, experiment_space
-from finetune.search.dry_run import dry_run
 from finetune.search.models import StepResult, TrialRecord
-from finetune.search.report import CAPTIONS
 from finetune.search.result import shown
 from finetune.search.spec import ExperimentSpec, spec_of
 from lora_assets.assets.common import (
@@ -77,6 +75,7 @@ def open_study(
     studies: StudyStore,
 ) -> Iterator[dg.Output[Study] | dg.DynamicOutput[Seat]]:
     """A restarted run goes on with the same experiment: its name is that of what it tries."""
+    from finetune.search.dry_run import dry_run
     from lora_assets.experiments import open_experiment
 
     with no_retry_if_permanent():
@@ -139,6 +138,7 @@ def report_study(
     studies: StudyStore,
 ) -> dg.Output[StepResult]:
     """What the experiment found, for a person and for the next plan."""
+    from finetune.search.report import CAPTIONS
     from lora_assets.experiments import Opened, conclude
 
     if study.proposed is not None:
