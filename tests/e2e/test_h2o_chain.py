@@ -21,12 +21,19 @@ from finetune.training.models import TrainingResult
 from lora_assets.cli.demo import EXAMPLES
 from resources.h2o.protocol import Timing
 from resources.h2o_trainer import H2OTrainer
+from resources.postgres import EmbeddedPostgres
 from tests.e2e.conftest import Loop, data_root, new_loop
 from tests.h2o_gateway.process import KEY, REAL, GatewayProcess
 from tests.resources.h2o_training import request_in, train
 
 pytestmark = pytest.mark.e2e
 DATE = "2026-06-01"
+# What is set in the environment of the whole run, and must stand in nothing that it writes.
+SENTINELS = {
+    "HF_TOKEN": "hf_4f1c-sentinel",
+    "ALERT_WEBHOOK_URL": "http://127.0.0.1:9/services/9b2e-sentinel",
+    "DATABASE_URL": "6d0a-sentinel",
+}
 
 # The sensor looks twice, as the daemon would let it, and what it asks for is done.
 PROGRAM = """
@@ -77,6 +84,10 @@ def chain(tiny_model: BaseModelRef) -> Iterator[Chain]:
             "H2O_API_KEY": KEY,
             "H2O_TIMING": json.dumps({"poll": 0.3, "poll_ceiling": 1}),
         }
+        # The server asks for no password, and the run is given one all the same.
+        server = EmbeddedPostgres(root.parent / "server")
+        loop.environment |= SENTINELS
+        loop.environment["DATABASE_URL"] = server.url.replace("//postgres@", f"//postgres:{SENTINELS['DATABASE_URL']}@")
         (root / "dagster").mkdir()
         loop.layout.exports.mkdir(parents=True)
         for file in EXAMPLES.glob(f"*{DATE}*"):
@@ -96,6 +107,7 @@ def chain(tiny_model: BaseModelRef) -> Iterator[Chain]:
             yield Chain(loop, gateway, run)
         finally:
             gateway.close()
+            server.close()
 
 
 def test_the_run_succeeds_and_every_gate_lets_it_through(chain: Chain) -> None:
@@ -169,8 +181,16 @@ def test_a_training_is_cancelled_on_the_gateway(chain: Chain, tiny_model: BaseMo
     assert not trainer.cancel(request.run_id, request.work_dir), "there is nothing left to cancel"
 
 
-def test_the_key_is_in_nothing_that_the_loop_wrote(chain: Chain) -> None:
-    files = [path for path in chain.loop.root.rglob("*") if path.is_file() and not path.is_symlink()]
-    assert len(files) > 100
-    assert [path for path in files if KEY.encode() in path.read_bytes()] == []
-    assert KEY not in chain.loop.output
+def test_no_secret_is_in_anything_that_the_run_wrote(chain: Chain) -> None:
+    """The data root, Dagster's runs, events, run config and output of steps, the run log's server, what was printed."""
+    roots = [chain.loop.root, chain.loop.root.parent / "server"]
+    files = [path for root in roots for path in root.rglob("*") if path.is_file() and not path.is_symlink()]
+    names = {path.name for path in files}
+    assert len(files) > 500
+    # Otherwise the test looks at nothing.
+    assert {"runs.db", "PG_VERSION", "adapter_model.safetensors", "Modelfile"} <= names
+    assert any(path.suffix in (".out", ".err") for path in files), "the output of steps"
+    assert chain.loop.run_json("runs")[0]["status"] == "COMPLETED", "the run log is the server's"
+    secrets = [secret.encode() for secret in (KEY, *SENTINELS.values())]
+    assert [path for path in files if any(secret in path.read_bytes() for secret in secrets)] == []
+    assert [secret for secret in secrets if secret.decode() in chain.loop.output] == []
