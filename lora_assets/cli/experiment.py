@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -149,6 +151,9 @@ def work_alone(name: str, index: int, quiet: bool) -> None:
     """One of several workers, in a process of its own."""
     from lora_assets.experiments import Opened, make_bench, open_study, own_gpu, run_worker
 
+    # A spawned process has none of what the command silenced.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
     own_gpu(index)
     settings = load_settings()
     store = open_study(settings)
