@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,7 +20,8 @@ Task = Literal["instruction", "domain", "chat", "style"]
 class TrialConfig(BaseModel):
     """Everything that decides what a training does; equal configurations give equal adapters on CPU."""
 
-    model_config = ConfigDict(frozen=True)
+    # A misspelt name in a plan that somebody changed by hand would leave the default in its place.
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     trial_id: str
     method: Method = "lora"
@@ -41,18 +43,28 @@ class TrialConfig(BaseModel):
     micro_batch: int = Field(4, ge=1)
     accumulation: int = Field(4, ge=1)
     epochs: float = Field(3, gt=0)
-    max_steps: int | None = None
+    max_steps: int | None = Field(None, ge=1)
     max_length: int = Field(1024, ge=8)
     packing: bool = False
     precision: Literal["bf16", "fp32"] = "fp32"
     gradient_checkpointing: bool = False
     attention: Attention = "sdpa"
-    seed: int = 42
+    seed: int = Field(42, ge=0)
 
     @property
     def effective_batch(self) -> int:
         """Records per optimizer step."""
         return self.micro_batch * self.accumulation
+
+    def records_seen(self, count: int) -> int:
+        """How many records a training on `count` of them sees, each as often as it is trained."""
+        if self.max_steps is not None:
+            return self.max_steps * self.effective_batch
+        return max(1, round(count * self.epochs))
+
+    def steps(self, count: int) -> int:
+        """Optimizer steps of a training on `count` records; the last one may be smaller than the others."""
+        return math.ceil(self.records_seen(count) / self.effective_batch)
 
 
 class Range(BaseModel):

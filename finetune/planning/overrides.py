@@ -36,7 +36,7 @@ class PlanOverrides(BaseModel):
     precision: Literal["bf16", "fp32"] | None = None
     gradient_checkpointing: bool | None = None
     attention: Attention | None = None
-    seed: int | None = None
+    seed: int | None = Field(None, ge=0)
 
     @field_validator("attention", mode="before")
     @classmethod

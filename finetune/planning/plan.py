@@ -6,7 +6,6 @@ The choices and their sources are in `finetune.planning.rules`, the order in whi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +74,7 @@ def make_plan(
         search_space=search_space(shape, trial, estimate, device),
         memory_estimate=estimate,
         explanations=choices.explanations,
-        estimated_steps=_steps(profile.total_samples, trial),
+        estimated_steps=trial.steps(profile.total_samples),
         estimated_tokens=tokens,
         cost=estimate_cost(
             tokens,
@@ -153,11 +152,6 @@ def _refuse_contradictions(shape: ModelShape, values: dict[str, Any], device: De
         refuse(
             f"the optimizer {values['optimizer']} needs a GPU, and none is planned for", "optimizer", "Use adamw_torch"
         )
-
-
-def _steps(records: int, trial: TrialConfig) -> int:
-    """Optimizer steps, as the trainer counts them."""
-    return trial.max_steps or max(1, math.ceil(records * trial.epochs / trial.effective_batch))
 
 
 def _tokens(profile: DatasetProfile, trial: TrialConfig) -> int | None:

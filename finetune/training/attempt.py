@@ -13,13 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from finetune.adapter_files import adapter_hash, read_adapter_config
 from finetune.chat.encode import RecordEncoder
 from finetune.errors import ConfigurationError, StoppedError
-from finetune.planning.models import TrialConfig
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import publish_directory
 from finetune.training.adapters import save_adapter
 from finetune.training.card import model_card
 from finetune.training.checkpoints import named_checkpoint, newest_complete, step_of
-from finetune.training.data import Ints, TrainingData, read_training_data, total_steps, training_order
+from finetune.training.data import Ints, TrainingData, read_training_data, training_order
 from finetune.training.disk import any_full_disk_named
 from finetune.training.memory import peak_memory_gb, too_large_micro_batches
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
@@ -78,7 +77,7 @@ def _attempt(
     state: dict[str, Any] = resumed[1] if resumed else {"seconds": 0.0, "points": []}
     points = [LossPoint.model_validate(point) for point in state["points"]]
     log_path = request.work_dir / LOG_NAME
-    order, steps = _share_order(training_order(data.lengths, trial), total_steps(len(data), trial), micro_batch, trial)
+    order = _share_order(training_order(data.lengths, trial), micro_batch)
     main = rank() == 0
     if main:
         _keep_log(log_path, points)
@@ -99,7 +98,7 @@ def _attempt(
             lines=data.lines,
             lengths=data.lengths,
             effective_batch=trial.effective_batch,
-            total_steps=steps,
+            total_steps=math.ceil(len(order) / trial.effective_batch),
             checkpoints=checkpoints,
             log_path=log_path,
             writer=writer,
@@ -141,15 +140,15 @@ def _attempt(
     return _publish(request, trainer.model, data, result, still_mine) if main else result
 
 
-def _share_order(order: Ints, steps: int, micro_batch: int, trial: TrialConfig) -> tuple[Ints, int]:
-    """The order, and its steps, cut to what gives each of several processes as many micro-batches.
+def _share_order(order: Ints, micro_batch: int) -> Ints:
+    """The order, cut to what gives each of several processes as many micro-batches.
 
     Raises:
         ConfigurationError: there are fewer records than processes.
     """
     block = micro_batch * world_size()
     if world_size() == 1 or len(order) % block == 0:
-        return order, steps
+        return order
     order = order[: len(order) // block * block]
     if not len(order):
         raise ConfigurationError(
@@ -157,7 +156,7 @@ def _share_order(order: Ints, steps: int, micro_batch: int, trial: TrialConfig) 
             where="TRAIN_PROCESSES",
             remedy="Train so few records in one process",
         )
-    return order, min(steps, math.ceil(len(order) / trial.effective_batch))
+    return order
 
 
 def _publish(

@@ -124,11 +124,6 @@ def _why_silent(record: EncodedRecord) -> str:
     return f"the answer begins at token {first + 1} of {len(record.input_ids)}" if first else "no answer"
 
 
-def total_steps(records: int, trial: TrialConfig) -> int:
-    """Optimizer steps of a training; the last one may be smaller than the others."""
-    return trial.max_steps or max(1, math.ceil(records * trial.epochs / trial.effective_batch))
-
-
 def training_order(lengths: Ints, trial: TrialConfig) -> Ints:
     """The indices of all records that a training sees, micro-batch after micro-batch.
 
@@ -139,7 +134,7 @@ def training_order(lengths: Ints, trial: TrialConfig) -> Ints:
     records a step saw.
     """
     count, size = len(lengths), trial.effective_batch
-    wanted = trial.max_steps * size if trial.max_steps is not None else max(1, round(count * trial.epochs))
+    wanted = trial.records_seen(count)
     parts: list[Ints] = []
     rest = np.empty(0, np.int64)
     for epoch in range(math.ceil(wanted / count)):

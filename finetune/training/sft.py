@@ -11,7 +11,7 @@ from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, read_manifest
 from finetune.training.adapters import refuse_missing_hardware, refuse_unshardable, refuse_untrained
 from finetune.training.attempt import BACKEND, KIND, read_records, train_share
-from finetune.training.data import total_steps, training_order
+from finetune.training.data import training_order
 from finetune.training.disk import any_full_disk_named
 from finetune.training.memory import note_out_of_memory, too_large_micro_batches
 from finetune.training.models import TrainingRequest, TrainingResult
@@ -39,7 +39,7 @@ def dry_run(request: TrainingRequest) -> TrainingResult:
         backend=BACKEND,
         adapter_path=None,
         adapter_hash=None,
-        training_steps=total_steps(len(data), trial),
+        training_steps=trial.steps(len(data)),
         gpu_hours=0.0,
         final_loss=None,
         tokens_seen=int(data.lengths[order].sum()),

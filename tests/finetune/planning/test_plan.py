@@ -7,15 +7,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from finetune.dataset.models import DatasetProfile, Truncation
 from finetune.errors import ConfigurationError
 from finetune.planning import rules
-from finetune.planning.models import Method
+from finetune.planning.models import Method, TrialConfig
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan, trial_id_of
-from finetune.training.data import total_steps
+from finetune.training.data import training_order
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -225,9 +227,16 @@ def test_each_rule_names_its_source() -> None:
 
 
 def test_steps_are_those_that_the_trainer_counts(llama_8b: Path) -> None:
-    for records, given in [(1001, {}), (40, {"micro_batch": 3, "accumulation": 3}), (999, {"epochs": 0.5})]:
+    sevens = {"micro_batch": 7, "accumulation": 1, "epochs": 0.7}
+    for records, given in [
+        (1001, {}),
+        (40, {"micro_batch": 3, "accumulation": 3}),
+        (999, {"epochs": 0.5}),
+        (10, sevens),
+    ]:
         plan = make_plan(llama_8b, profile_of(records), overrides=PlanOverrides.model_validate(given))
-        assert plan.estimated_steps == total_steps(records, plan.trial_config)
+        order = training_order(np.arange(1, records + 1), plan.trial_config)
+        assert plan.estimated_steps == math.ceil(len(order) / plan.trial_config.effective_batch)
 
 
 def test_planning_needs_no_training_library() -> None:
@@ -244,3 +253,9 @@ def test_tokens_are_those_that_truncation_leaves(llama_8b: Path) -> None:
     steps = make_plan(llama_8b, profile_of(), overrides=PlanOverrides(max_steps=10, micro_batch=4, accumulation=1))
     assert steps.estimated_steps == 10
     assert steps.estimated_tokens == round(200_000 * 0.98 * 40 / 1000)
+
+
+@pytest.mark.parametrize("wrong", [{"lora_rnk": 64}, {"max_steps": 0}, {"seed": -1}], ids=str)
+def test_a_configuration_changed_by_hand_is_checked(wrong: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(wrong))):
+        TrialConfig.model_validate({"trial_id": "x", **wrong})

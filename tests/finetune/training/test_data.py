@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from finetune.planning.models import TrialConfig
-from finetune.training.data import total_steps, training_order
+from finetune.publishing import sha256_json
+from finetune.training.data import training_order
+from finetune.training.identity import CODE_VERSION
 
 
 def trial_of(**fields: Any) -> TrialConfig:
@@ -60,13 +62,28 @@ def test_long_and_short_batches_are_mixed() -> None:
 
 @pytest.mark.parametrize(
     ("fields", "steps", "records"),
-    [({}, 77, 609), ({"epochs": 0.5}, 13, 102), ({"max_steps": 5}, 5, 40), ({"max_steps": 100}, 100, 800)],
+    [
+        ({}, 77, 609),
+        ({"epochs": 0.5}, 13, 102),
+        # 576.3 records are 72 whole steps and none of a 73rd.
+        ({"epochs": 2.839}, 72, 576),
+        ({"max_steps": 5}, 5, 40),
+        ({"max_steps": 100}, 100, 800),
+    ],
 )
 def test_steps_and_records_agree(fields: dict[str, Any], steps: int, records: int) -> None:
     trial = trial_of(**fields)
-    assert total_steps(203, trial) == steps
+    assert trial.steps(203) == steps
     assert len(training_order(LENGTHS, trial)) == records
 
 
 def test_a_dataset_smaller_than_a_batch_is_trained_whole() -> None:
     assert np.bincount(training_order(np.array([5, 6, 7]), trial_of(micro_batch=16))).tolist() == [3, 3, 3]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_who_changes_the_order_names_trainings_anew(packing: bool) -> None:
+    """A training that began in another order would go on in this one: some records twice, others never."""
+    order = training_order(np.arange(40, 17, -1), trial_of(packing=packing))
+    pinned = {False: "c9f7cf5605", True: "f8d3e22ab3"}
+    assert (CODE_VERSION, sha256_json(order.tolist())[:10]) == (2, pinned[packing])
