@@ -12,6 +12,7 @@ from finetune.publishing import read_manifest
 from finetune.registry.models import RegisteredVersion
 from finetune.training.models import TrainingResult
 from lora_assets.assets.common import SETTINGS, key, log_progress, made_from, path, table
+from lora_assets.kubernetes import convert_step
 from lora_assets.partitions import dataset_dates
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
@@ -115,6 +116,7 @@ def version_unaltered(registered_adapter: RegisteredVersion, store: ArtifactStor
     asset=key("merged_model"),
     partitions_def=dataset_dates,
     blocking=True,
+    op_tags=convert_step(SETTINGS),
     additional_ins=made_from("promoted_adapter", "merged_dataset"),
 )
 def merged_equals_base_plus_adapter(
@@ -147,6 +149,7 @@ def merged_equals_base_plus_adapter(
     asset=key("gguf"),
     partitions_def=dataset_dates,
     blocking=True,
+    op_tags=convert_step(SETTINGS),
     additional_ins=made_from("merged_model", "merged_dataset"),
 )
 def gguf_answers_like_merged_model(

@@ -132,12 +132,12 @@ def from_json(kind: type[Values], variable: str, values: dict[str, Any]) -> Valu
         raise ConfigurationError(problems, where=variable, remedy=remedy) from error
 
 
-def build_executor() -> dg.ExecutorDefinition:
+def build_executor(settings: Settings) -> dg.ExecutorDefinition:
     """A pod per step on Kubernetes, else a process per step."""
     if on_kubernetes():
-        from dagster_k8s import k8s_job_executor
+        from lora_assets.kubernetes_executor import pod_per_step
 
-        return k8s_job_executor
+        return pod_per_step(settings)
     # A fork server that has Dagster loaded starts a step in a fraction of the time.
     return dg.multiprocess_executor.configured({"start_method": {"forkserver": {"preload_modules": ["dagster"]}}})
 
@@ -200,7 +200,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             ),
             "ollama": OllamaServer(host=settings.ollama_host, timeout=600),
         },
-        executor=build_executor(),
+        executor=build_executor(settings),
         loggers={"console": console},
     )
 

@@ -144,6 +144,7 @@ class Settings(BaseSettings):
     report_to: Tracker = Field(
         "none", description="Where a local training is tracked beside TensorBoard: none, mlflow or wandb."
     )
+    checkpoint_seconds: float = Field(120, ge=0, description="Time between checkpoints of a local training.")
 
     min_champion_gain: float = Field(
         0.001,
@@ -252,6 +253,28 @@ class Settings(BaseSettings):
     gc_days: float = Field(14, ge=1, description="What nothing refers to is removed by `gc` after so many days.")
     gc_keep: int = Field(5, ge=1, description="Versions, by number and by reign, whose exports `gc` leaves alone.")
 
+    train_image: str | None = Field(
+        None, description="On Kubernetes: image of the steps that need torch or llama.cpp; unset: the code location's."
+    )
+    step_cpu: str = Field("1", description="On Kubernetes: CPUs of a step that computes little.")
+    step_memory: str = Field("2Gi", description="On Kubernetes: memory of a step that computes little.")
+    convert_cpu: str = Field("2", description="On Kubernetes: CPUs of the steps that merge and convert.")
+    convert_memory: str = Field("16Gi", description="On Kubernetes: memory of the steps that merge and convert.")
+    gpu_cpu: str = Field("4", description="On Kubernetes: CPUs of a GPU step.")
+    gpu_memory: str = Field("32Gi", description="On Kubernetes: memory of a GPU step, /dev/shm included.")
+    shm_size: str = Field("8Gi", description="On Kubernetes: size of a GPU step's /dev/shm.")
+    gpu_node_selector: str = Field(
+        "nvidia.com/gpu.present=true",
+        pattern=r"^(any|[^=,\s]+=[^=,\s]+(,[^=,\s]+=[^=,\s]+)*)$",
+        description="On Kubernetes: label=value, comma-separated, of the nodes for GPU steps; any: whichever has GPUs.",
+    )
+    gpu_tolerations: str = Field(
+        "nvidia.com/gpu", description="On Kubernetes: comma-separated keys of the taints that GPU steps tolerate."
+    )
+    pod_start_seconds: int = Field(
+        900, ge=10, description="On Kubernetes: a step whose pod has not started after this time fails, and is retried."
+    )
+
     @field_validator("export_targets")
     @classmethod
     def _known_targets(cls, value: str) -> str:
@@ -327,6 +350,8 @@ class Settings(BaseSettings):
             raise ValueError("H2O_API_URL must be set when TRAINING_BACKEND=h2o")
         if on_kubernetes() and self.base_model_name is None:
             raise ValueError("BASE_MODEL_NAME must be set on Kubernetes: the embedded model is for trying out")
+        if on_kubernetes() and self.database_url is None:
+            raise ValueError("DATABASE_URL must be set on Kubernetes: an embedded PostgreSQL would end with its pod")
         return self
 
     @cached_property
@@ -359,6 +384,16 @@ class Settings(BaseSettings):
     def targets(self) -> list[str]:
         """The serving exports asked for."""
         return [target for target in self.export_targets.split(",") if target]
+
+    @property
+    def gpu_nodes(self) -> dict[str, str]:
+        """The labels of the nodes for GPU steps."""
+        return {} if self.gpu_node_selector == "any" else dict(_pairs(self.gpu_node_selector))
+
+    @property
+    def tolerated(self) -> list[str]:
+        """The keys of the taints that GPU steps tolerate."""
+        return [key.strip() for key in self.gpu_tolerations.split(",") if key.strip()]
 
     @property
     def needs_gguf(self) -> bool:

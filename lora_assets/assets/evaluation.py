@@ -54,7 +54,7 @@ OF_ANSWERS = ("exact_match", "base_exact_match", "chrf", "base_chrf")
     kinds={"pytorch", "html"},
     code_version="1",
     pool="gpu",
-    op_tags=gpu_step(),
+    op_tags=gpu_step(SETTINGS),
     description="Base against adapter, and against the reigning champion, on held-out data: JSON, HTML and plots.",
 )
 @no_retry_if_permanent()

@@ -7,6 +7,7 @@ from finetune.dataset.models import PreparedDataset
 from finetune.export.models import GgufExport, LmStudioExport, MergedModel, OllamaExport
 from finetune.registry.models import RegisteredVersion
 from lora_assets.assets.common import COMMON, SETTINGS, choice, log_progress, made_from, path, published_files, table
+from lora_assets.kubernetes import convert_step
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.ollama import CHAMPION_TAG, OllamaServer
@@ -27,6 +28,7 @@ class MergeConfig(dg.Config):
     ins=made_from("promoted_adapter", "merged_dataset"),
     group_name="export",
     kinds={"pytorch", "huggingface"},
+    op_tags=convert_step(SETTINGS),
     code_version="1",
     description="Base + adapter as one model in Hugging Face's layout, for transformers and vLLM.",
 )
@@ -85,6 +87,7 @@ class GgufConfig(dg.Config):
     ins=made_from("merged_model", "promoted_adapter", "merged_dataset"),
     group_name="export",
     kinds={"gguf", "llamacpp"},
+    op_tags=convert_step(SETTINGS),
     code_version="1",
     description="Merged model, base model and adapter as GGUF, each verified by a llama.cpp runtime.",
 )

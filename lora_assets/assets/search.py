@@ -102,7 +102,7 @@ def open_study(
 @dg.op(
     out=dg.Out(dg.Nothing),
     pool="gpu",
-    tags=gpu_step(),
+    tags=gpu_step(SETTINGS),
     retry_policy=dg.RetryPolicy(max_retries=2, delay=10),
     description="Ask, train, evaluate, tell, until the experiment is over.",
 )

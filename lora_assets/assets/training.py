@@ -123,7 +123,7 @@ def training_plan(
     code_version="1",
     # Waiting for another machine's GPU takes none here.
     pool="gpu" if TRAINS_HERE else None,
-    op_tags=gpu_step(SETTINGS.train_processes or 1) if TRAINS_HERE else None,
+    op_tags=gpu_step(SETTINGS, SETTINGS.train_processes or 1) if TRAINS_HERE else None,
     description="The LoRA adapter with its model card, loss curve and training log; trained here with PEFT or "
     "delegated to H2O LLM Studio, by TRAINING_BACKEND.",
 )
@@ -156,6 +156,7 @@ def adapter(
         base_model=base,
         adapter_dir=store.layout.adapter(run_id),
         work_dir=store.layout.work(run_id),
+        checkpoint_seconds=SETTINGS.checkpoint_seconds,
         report_to=SETTINGS.report_to,
         processes=SETTINGS.train_processes,
         sharding=SETTINGS.train_sharding,

@@ -33,7 +33,8 @@ def test_loading_the_code_location_imports_no_heavy_library() -> None:
 
 
 def test_the_kubernetes_executor_loads_only_in_a_pod() -> None:
-    loaded = modules_after_loading({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "BASE_MODEL_NAME": "llama3-8b"})
+    pod = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "BASE_MODEL_NAME": "llama3-8b", "DATABASE_URL": "postgresql://h/d"}
+    loaded = modules_after_loading(pod)
     assert "dagster_k8s" in loaded
     assert [name for name in HEAVY if name in loaded] == []
 
@@ -132,9 +133,6 @@ def test_a_metadata_table_may_be_empty() -> None:
     assert table([{"reason": "nul", "lines": None}]).records[0].data == {"reason": "nul", "lines": ""}
 
 
-GPU = {"container_config": {"resources": {"limits": {"nvidia.com/gpu": "1"}}}}
-
-
 @pytest.mark.parametrize(
     ("backend", "gpu_steps", "kinds"),
     [("hf-peft", {"adapter", "eval_report"}, ["huggingface", "pytorch"]), ("h2o", {"eval_report"}, ["h2o"])],
@@ -163,7 +161,14 @@ print(json.dumps(sorted(next(iter(adapter.specs)).kinds)))
     asking = {name for name, (tags, _) in steps.items() if "nvidia.com/gpu" in str(tags)}
     assert asking == gpu_steps
     assert {name for name, (_, pool) in steps.items() if pool == "gpu"} == gpu_steps
-    assert all(json.loads(steps[name][0]["dagster-k8s/config"]) == GPU for name in gpu_steps)
+    for name in gpu_steps:
+        asked = json.loads(steps[name][0]["dagster-k8s/config"])
+        assert asked["container_config"]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+        assert asked["container_config"]["volume_mounts"] == [{"name": "shm", "mount_path": "/dev/shm"}]
+        pod = asked["pod_spec_config"]
+        assert pod["volumes"][0]["empty_dir"] == {"medium": "Memory", "size_limit": "8Gi"}
+        assert pod["node_selector"] == {"nvidia.com/gpu.present": "true"}
+        assert pod["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists"}]
 
 
 def test_a_training_in_several_processes_asks_for_a_gpu_each() -> None:
@@ -173,7 +178,7 @@ print(adapter.op.tags["dagster-k8s/config"])
 """
     environment = {"PATH": "/usr/bin", "TRAIN_PROCESSES": "4"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
-    assert json.loads(out.stdout)["container_config"]["resources"]["limits"] == {"nvidia.com/gpu": "4"}
+    assert json.loads(out.stdout)["container_config"]["resources"]["limits"]["nvidia.com/gpu"] == "4"
 
 
 def test_the_remote_servers_names_waits_and_limits_are_settings(monkeypatch: pytest.MonkeyPatch) -> None:

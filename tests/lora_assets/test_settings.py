@@ -86,6 +86,9 @@ def test_in_a_pod_the_demo_model_is_never_the_default(monkeypatch: pytest.Monkey
     with pytest.raises(ConfigurationError, match="BASE_MODEL_NAME must be set on Kubernetes"):
         load_settings()
     monkeypatch.setenv("BASE_MODEL_NAME", "llama3-8b")
+    with pytest.raises(ConfigurationError, match="DATABASE_URL must be set on Kubernetes: an embedded"):
+        load_settings()
+    monkeypatch.setenv("DATABASE_URL", "postgresql://lora@db/lora")
     assert load_settings().data_root == Path("/data")
 
 
