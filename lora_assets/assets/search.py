@@ -19,7 +19,7 @@ from lora_assets.assets.common import (
     picture,
     table,
 )
-from lora_assets.kubernetes import gpu_step
+from lora_assets.kubernetes import convert_step, gpu_step
 from resources.base_model import BaseModelSource
 from resources.retries import no_retry_if_permanent
 from resources.study import StudyStore
@@ -127,6 +127,7 @@ def work_on_trials(
 @dg.op(
     out=dg.Out(StepResult),
     ins={"worked": dg.In(dg.Nothing)},
+    tags=convert_step(SETTINGS),
     description="Merge the best adapter where that is wanted, and publish the report.",
 )
 def report_study(
