@@ -148,7 +148,7 @@ def test_no_field_of_a_plan_is_passed_over_in_silence(tmp_path: Path, field: str
         {"epochs": 1.5},
         {"lora_alpha": 12.5},
         {"optimizer": "adafactor"},
-        {"seed": -1},
+        {"seed": 1 << 32},
         {"weight_decay": -0.1},
         {"target_modules": []},
         {"lora_rank": 1 << 31},
