@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check audit format dev h2o-gateway bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory bench-search bench-train bench-sensor clean
+.PHONY: help setup demo test drills check audit format dev h2o-gateway bench-load bench-dataset bench-tokens bench-evaluation bench-merge bench-memory bench-search bench-train bench-sensor clean
 
 help: ## List the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,6 +28,9 @@ demo: .venv/.installed ## Run the whole loop on examples/exports (data lands in 
 
 test: check ## All checks and all tests, two at a time
 	@$(BIN)/pytest -n 2 --dist loadfile
+
+drills: .venv/.installed ## Break a cluster in every way, in the middle of a training (half an hour)
+	@$(BIN)/pytest -m drill -s tests/kubernetes
 
 check: .venv/.installed ## Lint, format, types, import contracts, definitions
 	@$(BIN)/ruff check .
