@@ -13,6 +13,7 @@ from typing import Any
 from finetune.dataset.models import DatasetProfile
 from finetune.errors import ConfigurationError
 from finetune.planning import rules
+from finetune.planning.contradictions import refuse_contradictions
 from finetune.planning.cost import estimate_cost
 from finetune.planning.fitting import Choices, fit
 from finetune.planning.history import Measurement
@@ -65,7 +66,10 @@ def make_plan(
     if method is not None:
         given["method"] = method
     choices = _choose(shape, profile, task, given, device)
-    _refuse_contradictions(shape, choices.values, device)
+    chosen = TrialConfig.model_validate(choices.values)
+    refuse_contradictions(chosen, shape)
+    if device == "cpu":
+        _refuse_missing_gpu(chosen)
     trial, estimate = fit(shape, choices, vram_limit_gb, device, history)
     trial = trial.model_copy(update={"trial_id": trial_id_of(trial)})
     tokens = _tokens(profile, trial)
@@ -127,30 +131,16 @@ def _settle_batch(choices: Choices, records: int, epochs: float, length: int, de
     choices.settle("accumulation", max(1, batch // micro), f"towards an effective batch of {batch}, well under 32")
 
 
-def _refuse_contradictions(shape: ModelShape, values: dict[str, Any], device: Device) -> None:
-    def refuse(what: str, where: str, remedy: str) -> None:
-        raise ConfigurationError(what, where=where, remedy=remedy)
-
-    method: Method = values["method"]
-    if method == "prefix" and values["gradient_checkpointing"]:
-        refuse("prefix tuning does not work with gradient checkpointing", "gradient_checkpointing", "Turn it off")
-    if method == "prefix" and values["packing"]:
-        refuse("prefix tuning does not work with packed records", "packing", "Turn it off")
-    if method == "qlora" and values.get("use_pissa"):
-        refuse(
-            "PiSSA starts from the base model's own singular vectors, which 4-bit weights no longer have",
-            "use_pissa",
-            "Use method lora with PiSSA, or qlora without",
+def _refuse_missing_gpu(trial: TrialConfig) -> None:
+    if trial.attention == "flash_attention_2":
+        raise ConfigurationError(
+            "flash attention needs a GPU, and none is planned for", where="attention", remedy="Use sdpa"
         )
-    if values.get("use_pissa") and (values.get("use_rslora") or values.get("use_dora")):
-        refuse("PiSSA cannot be turned into a plain adapter together with rsLoRA or DoRA", "use_pissa", "Choose one")
-    if shape.softcapped and values["attention"] == "sdpa":
-        refuse("models that bound their attention scores have no sdpa", "attention", "Use eager")
-    if device == "cpu" and values["attention"] == "flash_attention_2":
-        refuse("flash attention needs a GPU, and none is planned for", "attention", "Use sdpa")
-    if device == "cpu" and values["optimizer"].startswith("paged_"):
-        refuse(
-            f"the optimizer {values['optimizer']} needs a GPU, and none is planned for", "optimizer", "Use adamw_torch"
+    if trial.optimizer.startswith("paged_"):
+        raise ConfigurationError(
+            f"the optimizer {trial.optimizer} needs a GPU, and none is planned for",
+            where="optimizer",
+            remedy="Use adamw_torch",
         )
 
 

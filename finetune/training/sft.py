@@ -6,6 +6,7 @@ import gc
 import shutil
 
 from finetune.errors import ConfigurationError, TrainingError
+from finetune.planning.contradictions import refuse_contradictions
 from finetune.planning.model_config import read_model_shape
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, read_manifest
@@ -24,13 +25,16 @@ def dry_run(request: TrainingRequest) -> TrainingResult:
     """Everything up to loading the model, without torch: the records are encoded and checked, the steps counted.
 
     Raises:
-        ConfigurationError: the plan's method is not trained, or names modules that the model lacks.
+        ConfigurationError: the plan's method is not trained, its choices exclude each other, or it names modules that
+            the model lacks.
         BaseModelError: the configuration or the tokenizer is missing or damaged.
         TrainingError: records have nothing to learn from.
     """
     trial = request.plan.trial_config
     refuse_untrained(trial)
-    read_model_shape(request.base_model.path).targets(trial.target_modules)
+    shape = read_model_shape(request.base_model.path)
+    shape.targets(trial.target_modules)
+    refuse_contradictions(trial, shape)
     data = read_records(request)
     order = training_order(data.lengths, trial)
     return TrainingResult(
@@ -61,8 +65,8 @@ def train_adapter(
         still_mine: asked before every checkpoint and before the publication whether this process may.
 
     Raises:
-        ConfigurationError: the plan's method needs a GPU or a library that is not there, or `resume_from` is no
-            checkpoint of this training.
+        ConfigurationError: the plan's method needs a GPU or a library that is not there, its choices exclude each
+            other, or `resume_from` is no checkpoint of this training.
         BaseModelError: the base model or its tokenizer is missing or damaged.
         TrainingError: records have nothing to learn from; the loss became NaN or diverged.
         StorageFullError: the disk is full; run again when there is room.
@@ -74,6 +78,7 @@ def train_adapter(
     if is_complete(request.adapter_dir):
         return _published(request).model_copy(update={"reused": True})
     refuse_missing_hardware(request.plan.trial_config)
+    refuse_contradictions(request.plan.trial_config, read_model_shape(request.base_model.path))
     refuse_missing_tracker(request.report_to)
     processes = request.processes or torch.cuda.device_count() or 1
     nodes = request.nodes.count if request.nodes else 1

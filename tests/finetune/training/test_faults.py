@@ -20,7 +20,7 @@ from finetune.training import monitor
 from finetune.training.checkpoints import newest_complete, step_of
 from finetune.training.memory import note_out_of_memory
 from finetune.training.models import TrainingRequest
-from finetune.training.sft import train_adapter
+from finetune.training.sft import dry_run, train_adapter
 
 MakeRequest = Callable[..., TrainingRequest]
 
@@ -263,6 +263,21 @@ def test_what_needs_a_gpu_is_refused_without_one(make_request: MakeRequest) -> N
         pytest.skip("a GPU is here")
     with pytest.raises(ConfigurationError, match=r"paged_adamw_8bit needs a GPU"):
         train_adapter(make_request(optimizer="paged_adamw_8bit"))
+
+
+@pytest.mark.parametrize(
+    "trial",
+    [{"method": "prefix", "packing": True}, {"method": "qlora", "use_pissa": True}],
+    ids=lambda trial: trial["method"],
+)
+def test_a_plan_changed_by_hand_whose_choices_exclude_each_other_is_refused(
+    make_request: MakeRequest, trial: dict[str, Any]
+) -> None:
+    request = make_request(**trial)
+    for begin in (train_adapter, dry_run):
+        with pytest.raises(ConfigurationError, match=r"does not work with packed records|4-bit weights"):
+            begin(request)
+    assert not request.work_dir.exists()
 
 
 def test_wrong_labels_of_the_trainer_are_noticed(make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch) -> None:
