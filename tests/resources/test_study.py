@@ -21,6 +21,7 @@ from resources.search_worker import Outcome, work
 from resources.study import Experiment, StudyStore, Turn
 from tests.resources.search_worker_process import SPACE, STEPS, loop, proposer
 
+STARTED: list[subprocess.Popen[str]] = []
 # Before a trial's lease is taken, while it trains, before its result is told, and after.
 MOMENTS = ("added", "training", "trained", "told")
 
@@ -40,12 +41,27 @@ def start(
     database: str, directory: Path, spec: ExperimentSpec, moment: str = "", seconds: float = 0.0
 ) -> subprocess.Popen[str]:
     arguments = [database, str(directory), spec.model_dump_json(), moment, str(seconds)]
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.resources.search_worker_process", *arguments],
-        cwd=Path(__file__).parents[2],
-        stdout=subprocess.PIPE,
-        text=True,
+    STARTED.append(
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.resources.search_worker_process", *arguments],
+            cwd=Path(__file__).parents[2],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
     )
+    return STARTED[-1]
+
+
+@pytest.fixture(autouse=True)
+def none_is_left() -> Iterator[None]:
+    """A test that fails leaves no worker behind, paused ones neither."""
+    yield
+    while STARTED:
+        worker = STARTED.pop()
+        worker.kill()
+        worker.wait()
+        if worker.stdout is not None:
+            worker.stdout.close()
 
 
 def steps(directory: Path, number: int) -> list[list[int]]:
