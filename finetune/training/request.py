@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
 
 from finetune.base_model.models import BaseModelRef
@@ -10,7 +9,7 @@ from finetune.dataset.inspect import count_lines
 from finetune.dataset.models import Counts, PreparedDataset
 from finetune.errors import DatasetError
 from finetune.planning.models import TrainingPlan
-from finetune.publishing import sha256_file
+from finetune.publishing import sha256_file, temporary_sibling
 from finetune.training.identity import training_run_id
 from finetune.training.models import Nodes, Sharding, TrainingRequest
 from finetune.training.reporting import Tracker
@@ -51,9 +50,10 @@ def request_for_file(
     prepared = work / "dataset" / fingerprint
     prepared.mkdir(parents=True, exist_ok=True)
     link = prepared / "train.jsonl"
-    # (Another node may be first.)
-    with suppress(FileExistsError):
-        link.symlink_to(dataset.absolute())
+    # Anew each time: the file may have been moved since, and another one may be in its place.
+    fresh = temporary_sibling(link)
+    fresh.symlink_to(dataset.absolute())
+    fresh.replace(link)
     lines = count_lines(dataset)
     return TrainingRequest(
         run_id=run_id,

@@ -138,6 +138,10 @@ def train(
     from finetune.training.sft import train_adapter
     from lora_assets.cli.plan import history, print_plan
 
+    if node_rank >= nodes:
+        raise ConfigurationError(
+            f"{node_rank} is no number of {nodes} machines", where="--node-rank", remedy=f"Use 0 to {nodes - 1}"
+        )
     settings = load_settings()
     base = find_base(base_model)
     if plan is not None:

@@ -132,3 +132,14 @@ def test_an_output_that_holds_the_adapter_of_another_training_is_refused(
     _, refused = (process := train(directory, tiny_model, "--output", "a", "--plan", "plan.json")).communicate()
     assert process.returncode == 1
     assert "the adapter of another training, file-0123456789 instead of file-" in refused
+
+
+@pytest.mark.parametrize("nodes", [[], ["--nodes", "2"]], ids=["one", "two"])
+def test_a_machine_whose_number_is_too_high_is_refused(
+    directory: Path, tiny_model: BaseModelRef, nodes: list[str]
+) -> None:
+    """It would wait for a machine that is none, or train without holding the output."""
+    _, refused = (process := train(directory, tiny_model, "--output", "a", *nodes, "--node-rank", "2")).communicate()
+    assert process.returncode == 1
+    assert "2 is no number of" in refused
+    assert not (directory / ".a.work").exists()
