@@ -92,6 +92,7 @@ class Kubelet:
             _show(pod, waiting={"reason": waits.reason, "message": waits.message})
             return
         log = self._directory / f"{pod['metadata']['name']}.log"
+        log.touch()
         arguments = [*(spec.get("command") or []), *(spec.get("args") or [])]
         account = pod["spec"].get("serviceAccountName", "default")
         if pod["spec"].get("automountServiceAccountToken", True) and account in self.kubeconfigs:
