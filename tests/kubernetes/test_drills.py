@@ -72,7 +72,10 @@ class Drill:
                 event = entry.dagster_event
                 assert event is not None
                 data = event.step_failure_data if event.is_step_failure else event.step_retry_data
-                found.append(data.error.message if data.error else "")
+                error = data.error
+                while error is not None:
+                    found.append(error.message)
+                    error = error.cause
         return "\n".join(found)
 
     def went_on(self) -> None:
