@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
+from xdist.scheduler import LoadFileScheduling
 
 from finetune.base_model.models import BaseModelRef
 
@@ -18,6 +20,35 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests decide for themselves what is in the environment.
 for name in ("BASE_MODEL_NAME", "DATABASE_URL", "DATA_ROOT", "TRAINING_BACKEND", "DAGSTER_HOME", "OLLAMA_HOST"):
     os.environ.pop(name, None)
+
+
+# What these make for a whole session takes longer than their tests: on one worker it is made once.
+TOGETHER = (
+    ("tests/e2e/test_demo.py", "tests/e2e/test_gates.py", "tests/e2e/test_regressions.py"),
+    ("tests/finetune/export/",),
+    ("tests/finetune/training/",),
+)
+
+
+class Scheduling(LoadFileScheduling):
+    """Hands out files, or several that belong together, in the order in which they are found.
+
+    The longest, those of the whole loop, come early, and many short ones fill up the end; xdist's own order begins
+    with the files of the most tests, which are the short ones.
+    """
+
+    def __init__(self, config: pytest.Config, log: Any) -> None:
+        super().__init__(config, log)
+        config.option.loadscopereorder = False
+
+    def _split_scope(self, nodeid: str) -> str:
+        return next((group[0] for group in TOGETHER if nodeid.startswith(group)), super()._split_scope(nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Scheduling | None:
+    """Be the scheduler of --dist loadfile."""
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.hookimpl(wrapper=True)
