@@ -199,8 +199,9 @@ class Deployment:
         def over() -> list[dg.DagsterRun] | None:
             runs = self.chain(run_id) or [self.run(run_id)]
             last = runs[-1]
-            retried = last.tags.get("dagster/will_retry") == "true"
-            return runs if last.is_finished and not retried else None
+            # A moment after a run has failed, Dagster says whether it will be tried again.
+            settled = last.status != dg.DagsterRunStatus.FAILURE or last.tags.get("dagster/will_retry") == "false"
+            return runs if last.is_finished and settled else None
 
         return self.until(over, seconds)
 
