@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from contextlib import suppress
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,10 @@ def train_in_processes(
         parent = _Parent((request.model_dump_json(), micro_batch), on_progress, still_mine)
         threading.Thread(target=parent.accept, args=(listener, processes), daemon=True).start()
         try:
-            told = False
             while launcher.poll() is None:
                 parent.listen(_POLL_SECONDS)
-                if stop.requested and not told:
+                if stop.requested:
                     # Past torchrun, which would soon kill workers that save a checkpoint.
-                    told = True
                     parent.stop_workers()
             parent.listen(0)
         finally:
@@ -114,6 +113,7 @@ class _Parent:
         self._on_progress = on_progress
         self._still_mine = still_mine
         self._workers: dict[Connection[Any, Any], int] = {}
+        self._told: set[int] = set()
 
     def accept(self, listener: Listener, processes: int) -> None:
         """Take in all workers, in a thread of its own."""
@@ -150,9 +150,11 @@ class _Parent:
             return False
 
     def stop_workers(self) -> None:
-        """Ask every worker to save a checkpoint and end."""
-        for pid in list(self._workers.values()):
-            os.kill(pid, signal.SIGTERM)
+        """Ask every worker once to save a checkpoint and end; those that come later, when they have come."""
+        for pid in set(self._workers.values()) - self._told:
+            self._told.add(pid)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
 
     def close(self) -> None:
         """Let go of the connections; workers that still run end at their next word."""

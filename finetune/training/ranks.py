@@ -32,7 +32,7 @@ def agree(*flags: bool) -> tuple[bool, ...]:
     return tuple(bool(vote) for vote in votes.tolist())
 
 
-def agree_on_micro_batch(run_id: str, micro_batch: int) -> int:
+def agree_on_micro_batch(training: str, micro_batch: int) -> int:
     """The smallest of all processes' micro-batches: where memory ran out on one node, the others may not know yet.
 
     Raises:
@@ -41,12 +41,12 @@ def agree_on_micro_batch(run_id: str, micro_batch: int) -> int:
     import torch.distributed as dist
 
     asked: list[tuple[str, int]] = [("", 0)] * world_size()
-    dist.all_gather_object(asked, (run_id, micro_batch))
+    dist.all_gather_object(asked, (training, micro_batch))
     trainings = sorted({name for name, _ in asked})
     if len(trainings) > 1:
         raise ConfigurationError(
             f"the nodes were asked for different trainings: {', '.join(trainings)}",
-            where="the plan, the dataset or the base model",
+            where="the plan, the dataset, the base model or TRAIN_SHARDING",
             remedy="Start every node with the same command, settings and files",
         )
     return min(size for _, size in asked)

@@ -23,9 +23,10 @@ def main(address: str) -> int:
         if on_gpu:
             torch.cuda.set_device(dist.get_node_local_rank())
         dist.init_process_group("nccl" if on_gpu else "gloo")
-        micro_batch = agree_on_micro_batch(worker.request.run_id, worker.micro_batch)
+        request = worker.request
+        micro_batch = agree_on_micro_batch(f"{request.run_id} ({request.sharding})", worker.micro_batch)
         on_progress = worker.progress if rank() == 0 else ignore_progress
-        train_share(worker.request, micro_batch, on_progress=on_progress, still_mine=worker.still_mine)
+        train_share(request, micro_batch, on_progress=on_progress, still_mine=worker.still_mine)
         # Other nodes look for the adapter as soon as their processes have ended.
         wait_for_all()
     except (FinetuneError, FileExistsError) as error:

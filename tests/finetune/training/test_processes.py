@@ -7,6 +7,10 @@ import os
 import pickle
 import shutil
 import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +137,60 @@ def test_a_step_that_cannot_be_shared_is_refused() -> None:
         refuse_wrong_split(8, 3)
 
 
+def launchers() -> list[int]:
+    """The torchruns that this process has started."""
+    children = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
+    return [int(pid) for pid in children if b"torch.distributed" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+
+
+AGREE = """
+import sys
+import torch.distributed as dist
+from finetune.errors import ConfigurationError
+from finetune.training.ranks import agree_on_micro_batch
+
+meeting, rank, training, micro_batch = sys.argv[1:]
+dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=2)
+try:
+    print(agree_on_micro_batch(training, int(micro_batch)))
+except ConfigurationError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("second", "answer"),
+    [("one (ddp)", "2"), ("one (fsdp)", "asked for different trainings: one (ddp), one (fsdp)")],
+    ids=["the same", "another"],
+)
+def test_nodes_take_the_smallest_micro_batch_of_one_training_and_refuse_another(
+    tmp_path: Path, second: str, answer: str
+) -> None:
+    nodes = [
+        subprocess.Popen([sys.executable, "-c", AGREE, tmp_path / "meeting", *asked], stdout=subprocess.PIPE, text=True)
+        for asked in (("0", "one (ddp)", "4"), ("1", second, "2"))
+    ]
+    told = [node.communicate(timeout=120)[0] for node in nodes]
+    assert all(answer in text for text in told), told
+
+
+def test_a_request_to_end_that_comes_before_the_workers_have_come_is_not_lost(make_request: MakeRequest) -> None:
+    request = make_request().model_copy(update={"processes": 2})
+    asked: list[int] = []
+
+    def ask_as_soon_as_there_is_a_launcher() -> None:
+        while not asked:
+            asked.extend(launchers())
+            time.sleep(0.001)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask_as_soon_as_there_is_a_launcher, daemon=True).start()
+    with pytest.raises(TransientError, match=r"ended with status|asked to end"):
+        train_adapter(request)
+    assert asked
+    assert not request.adapter_dir.exists()
+
+
 def test_a_worker_s_error_reaches_its_parent_whole() -> None:
     error = pickle.loads(pickle.dumps(RemoteError("no answer", where="the database", remedy="Wait")))
     assert isinstance(error, RemoteError)
@@ -144,9 +202,7 @@ def test_workers_that_are_killed_are_worth_another_try(make_request: MakeRequest
 
     def kill_workers(event: ProgressEvent) -> None:
         if event.stage == "reading records":
-            children = [pid for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
-            launchers = [pid for pid in children if b"torch.distributed" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-            (launcher,) = launchers
+            (launcher,) = launchers()
             workers = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
             killed.extend(int(pid) for pid in workers)
             for pid in killed:
