@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 _BASE_REMEDY = "Delete the directory to have it made or downloaded again, or set BASE_MODEL_NAME to another model"
 # They travel along when training has changed the vocabulary, and a tied end with the other.
-_EMBEDDINGS = re.compile(r"\b(embed_tokens|lm_head)(\.(base_layer|modules_to_save|original_module))?\.weight$")
+EMBEDDINGS = re.compile(
+    r"\b(embed_tokens|wte|word_embeddings|lm_head)(\.(base_layer|modules_to_save|original_module))?\.weight$"
+)
 _REMEDY = "Train the adapter again, or use the base model that it was trained on"
 
 
@@ -130,7 +132,7 @@ def _refuse_misfit(peft_model: PeftModel, adapter_path: Path) -> None:
         found = set(weights.keys())
     expected = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
     missing = sorted(expected - found)
-    surplus = sorted(name for name in found - expected if not _EMBEDDINGS.search(name))
+    surplus = sorted(name for name in found - expected if not EMBEDDINGS.search(name))
     if missing or surplus:
         fault = f"lacks {len(missing)} tensors such as {missing[0]}" if missing else f"has {surplus[0]} beside them"
         raise ArtifactError(

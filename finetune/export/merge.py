@@ -31,7 +31,8 @@ OutputFormat = Literal["safetensors", "pytorch"]
 KIND = "merged_model"
 __all__ = ["check_merge", "merge_adapter"]
 # All that a loader reads beside the weights: configuration, generation defaults, tokenizer, chat template.
-_COMPANIONS = ("*.json", "*.jinja", "tokenizer.model", "*.txt", "*.py")
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py")
+_TEMPLATE = "chat_template.jinja"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -73,7 +74,7 @@ def merge_adapter(
     Raises:
         ExportError: merging has no meaning for this adapter, or the result differs from base + adapter.
         BaseModelError: the base model is damaged, or quantized itself.
-        ArtifactError: the adapter is incomplete.
+        ArtifactError: the adapter is incomplete, or its tokenizer has tokens without embeddings.
         StorageFullError: the disk is full.
     """
     config = read_peft_config(adapter_path)
@@ -88,7 +89,7 @@ def merge_adapter(
     _refuse_quantized(base_model)
     started = time.monotonic()
     with publish_directory(output_dir, kind=KIND) as staging:
-        _copy_companions(base_model.path, adapter_path, staging.path)
+        tokens = _copy_companions(base_model.path, adapter_path, staging.path)
         updates = read_updates(adapter_path, config)
         plan = None if updates is None else plan_merge(base_model.path, updates)
         if plan is None:
@@ -101,6 +102,7 @@ def merge_adapter(
                 staging.path,
                 lambda done: on_progress(ProgressEvent("merge", done, merged_tensors, "tensors")),
             )
+        _refuse_tokens_without_rows(tokens, staging.path / "config.json", adapter_path)
         parameters = count_parameters(staging.path)
         # The comparison reads what the loaders of both formats read, so it comes after the change of format.
         if output_format == "pytorch":
@@ -161,17 +163,45 @@ def _refuse_quantized(base_model: BaseModelRef) -> None:
         )
 
 
-def _copy_companions(base: Path, adapter: Path, output: Path) -> None:
+def _copy_companions(base: Path, adapter: Path, output: Path) -> int:
+    """Copy all but the weights; returns how many tokens the adapter's own tokenizer has if it was taken, or 0."""
     for pattern in _COMPANIONS:
         for file in base.glob(pattern):
             if not file.name.endswith(".index.json") and file.name != "manifest.json":
                 shutil.copyfile(file, output / file.name)
     # An adapter trained with added tokens brings the tokenizer that knows them.
-    if _vocabulary(adapter) > _vocabulary(base):
-        for name in _TOKENIZER_FILES:
-            (output / name).unlink(missing_ok=True)
-            if (adapter / name).is_file():
-                shutil.copyfile(adapter / name, output / name)
+    tokens = _vocabulary(adapter)
+    if tokens <= _vocabulary(base):
+        return 0
+    template = [_TEMPLATE] if _has_template(adapter) else []
+    for name in [*_TOKENIZER_FILES, *template]:
+        (output / name).unlink(missing_ok=True)
+        if (adapter / name).is_file():
+            shutil.copyfile(adapter / name, output / name)
+    return tokens
+
+
+def _has_template(adapter: Path) -> bool:
+    if (adapter / _TEMPLATE).is_file():
+        return True
+    config = adapter / "tokenizer_config.json"
+    try:
+        return config.is_file() and bool(json.loads(config.read_bytes()).get("chat_template"))
+    except (ValueError, AttributeError) as error:
+        raise ArtifactError(
+            f"unreadable tokenizer: {error}", where=config, remedy="Restore the file, or train the adapter again"
+        ) from error
+
+
+def _refuse_tokens_without_rows(tokens: int, config: Path, adapter: Path) -> None:
+    settings = json.loads(config.read_bytes())
+    rows = (settings.get("text_config") or settings).get("vocab_size")
+    if rows is not None and tokens > rows:
+        raise ArtifactError(
+            f"the adapter's tokenizer has {tokens} tokens, but the merged model has {rows} rows of embeddings",
+            where=adapter,
+            remedy="Train the adapter again and save it with its embeddings (save_embedding_layers=True)",
+        )
 
 
 def _vocabulary(model: Path) -> int:

@@ -75,7 +75,7 @@ def check_merge(*, base_model: BaseModelRef, adapter_path: Path, merged_path: Pa
     # One after the other: each takes four bytes a parameter.
     base = _load(base_model.path, base_model.trust_remote_code)
     if config.get_text_config().vocab_size != base.get_input_embeddings().weight.shape[0]:
-        base.resize_token_embeddings(config.get_text_config().vocab_size)
+        base.resize_token_embeddings(config.get_text_config().vocab_size, mean_resizing=False)
     expected = _observe(load_adapter(base, adapter_path), ids)
     del base
     try:

@@ -24,6 +24,8 @@ EMBEDDINGS = (
 # For float64, which no language model is published in, peft computes the update in float64 too.
 FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _FLOAT_SIZE = {"F32": 4, "F16": 2, "BF16": 2}
+# Whose layers, but for the head, are transformers' Conv1D: their weights lie as (inputs, outputs).
+_CONV1D = ("gpt2", "openai-gpt")
 
 
 @dataclass(frozen=True)
@@ -91,16 +93,22 @@ def plan_merge(model_path: Path, updates: Updates) -> MergePlan | None:
         else:
             changes.pop(HEAD, None)
             brought.pop(HEAD, None)
-    elif touched and settings.get("tie_word_embeddings"):
+    elif touched and settings.get("tie_word_embeddings", True):
         # Both ends have a tensor and are said to be one: which of them counts depends on who reads it.
         return None
     if not brought.keys() | changes.keys() <= base.keys():
         return None
+    conv1d = settings.get("model_type") in _CONV1D
+    weights = {name for name, change in changes.items() if name.endswith(".weight") and not isinstance(change, NewRows)}
+    # peft writes one `fan_in_fan_out` for all modules, that of the last one, and goes by their classes itself.
+    if any(updates.fan_in_fan_out != (conv1d and name != HEAD) for name in weights - {embeddings}):
+        return None
+    vocab_size = (settings.get("text_config") or settings).get("vocab_size")
     shards: dict[str, dict[str, MergedTensor]] = {}
     for name, stored in base.items():
         source, change = brought.get(name, stored), changes.get(name)
         tensor = MergedTensor(source, stored.dtype, change, changed=change is not None or source is not stored)
-        if not tensor.copied and not _fits(name, tensor, stored, settings.get("vocab_size"), embeddings):
+        if not tensor.copied and not _fits(name, tensor, stored, vocab_size, embeddings):
             return None
         shards.setdefault(stored.file.name, {})[name] = tensor
     vocabulary = _vocabulary([shard[name] for shard in shards.values() for name in (embeddings, HEAD) if name in shard])

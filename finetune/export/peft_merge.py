@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.base_model.models import BaseModelRef
 from finetune.base_model.remote_code import remedy_for
 from finetune.errors import BaseModelError, ExportError
-from finetune.evaluation.adapters import load_adapter
+from finetune.evaluation.adapters import EMBEDDINGS, load_adapter
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -63,9 +63,9 @@ def merge_through_peft(base_model: BaseModelRef, adapter_path: Path, config: Map
             where=base_model.path,
             remedy=remedy_for(error, "Point BASE_MODEL_NAME at a whole model directory"),
         ) from error
-    added = _added_rows(adapter_path, base.get_input_embeddings().weight.shape[0])
-    if added:
-        base.resize_token_embeddings(added)
+    rows = _changed_rows(adapter_path, base.get_input_embeddings().weight.shape[0])
+    if rows:
+        base.resize_token_embeddings(rows, mean_resizing=False)
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()
     model = load_adapter(base, adapter_path)
     if (base.get_input_embeddings(), base.get_output_embeddings()) != (embeddings, head):
@@ -86,18 +86,22 @@ def merge_through_peft(base_model: BaseModelRef, adapter_path: Path, config: Map
             where=adapter_path,
             remedy="The adapter is broken: train it again with a lower learning rate",
         )
+    head = merged.get_output_embeddings()
+    if head is not None and head.weight is not merged.get_input_embeddings().weight:
+        # transformers itself corrects the outer configuration only.
+        merged.config.get_text_config().tie_word_embeddings = False
     merged.save_pretrained(output)
     return count
 
 
-def _added_rows(adapter_path: Path, rows: int) -> int | None:
-    """The vocabulary's new size where the adapter was trained with added tokens."""
+def _changed_rows(adapter_path: Path, rows: int) -> int | None:
+    """The vocabulary's new size where the adapter was trained with another one."""
     from safetensors import safe_open
 
     with safe_open(adapter_path / "adapter_model.safetensors", "pt") as tensors:
         for name in tensors.keys():  # noqa: SIM118 - not a dict
             brought = tensors.get_slice(name).get_shape()[0]
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")) and brought > rows:
+            if EMBEDDINGS.search(name) and brought != rows:
                 return int(brought)
     return None
 

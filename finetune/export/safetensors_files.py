@@ -29,9 +29,11 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
     """Names, types and places of a file's tensors.
 
     Raises:
-        BaseModelError: the file is cut short or no safetensors file.
+        BaseModelError: the file is missing, cut short or no safetensors file.
     """
     remedy = "Download the base model again"
+    if not path.is_file():
+        raise BaseModelError("a file that the model's index names is missing", where=path, remedy=remedy)
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = stream.read(8)
@@ -73,12 +75,24 @@ def safetensors_header(tensors: Mapping[str, tuple[str, tuple[int, ...], int]]) 
 
 
 def shard_paths(model_path: Path) -> list[Path]:
-    """The safetensors files that hold a model in Hugging Face's layout, in name order; none if it has none."""
-    index = model_path / INDEX_NAME
-    if index.is_file():
-        return sorted({model_path / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+    """The safetensors files that hold a model in Hugging Face's layout, in name order; none if it has none.
+
+    Raises:
+        BaseModelError: the index is damaged.
+    """
+    # Where both are there, transformers reads the single file.
     single = model_path / "model.safetensors"
-    return [single] if single.is_file() else []
+    if single.is_file():
+        return [single]
+    index = model_path / INDEX_NAME
+    if not index.is_file():
+        return []
+    try:
+        return sorted({model_path / name for name in json.loads(index.read_bytes())["weight_map"].values()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BaseModelError(
+            f"unreadable index of the model's files: {error!r}", where=index, remedy="Download the base model again"
+        ) from error
 
 
 def count_parameters(model_path: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -68,8 +68,9 @@ class Change(Protocol):
 class LoraPair:
     """The weight's update is ``scale * B @ A``, transposed where `fan_in_fan_out` (and in an embedding).
 
-    `a` is (rank, in), `b` (out, rank), both float32. With DoRA (arXiv:2402.09353) `magnitude`, (out,), is the length
-    that every output's weights get in the sum of weight and update.
+    `a` is (rank, in), `b` (out, rank), in the type in which they are stored, and in the file's memory until they are
+    used. With DoRA (arXiv:2402.09353) `magnitude`, (out,), is the length that every output's weights get in the sum of
+    weight and update.
     """
 
     a: torch.Tensor
@@ -89,20 +90,21 @@ class LoraPair:
 
         outputs, inputs = self.b.shape[0], self.a.shape[1]
         # As a whole: a product in parts is not equal to the bit.
-        product = torch.mm(self.b, self.a, out=scratch[: outputs * inputs].view(outputs, inputs))
+        product = torch.mm(self.b.float(), self.a.float(), out=scratch[: outputs * inputs].view(outputs, inputs))
         return (product.T if self.fan_in_fan_out else product).mul_(self.scale)
 
     def merger(self, scratch: torch.Tensor, rows: Callable[[], Iterator[Rows]]) -> Merger:
         """Adds the update, and stretches what DoRA gives a length."""
         import torch
 
-        delta, magnitude = self.delta(scratch), self.magnitude
+        delta = self.delta(scratch)
 
         def add(weight: torch.Tensor, start: int) -> torch.Tensor:
             return weight.add_(delta[start : start + len(weight)])
 
-        if magnitude is None:
+        if self.magnitude is None:
             return add
+        magnitude = self.magnitude.float()
         if not self.fan_in_fan_out:
 
             def add_and_stretch(weight: torch.Tensor, start: int) -> torch.Tensor:
@@ -121,7 +123,7 @@ class LoraPair:
 
 @dataclass(frozen=True)
 class Scaling:
-    """IA3 (arXiv:2205.05638): rows or columns are multiplied by `factor`, (rows, 1) or (1, columns), float32."""
+    """IA3 (arXiv:2205.05638): rows or columns are multiplied by `factor`, (rows, 1) or (1, columns)."""
 
     factor: torch.Tensor
 
@@ -131,7 +133,7 @@ class Scaling:
 
     def merger(self, scratch: torch.Tensor, rows: Callable[[], Iterator[Rows]]) -> Merger:
         """Multiplies."""
-        factor = self.factor
+        factor = self.factor.float()
         if len(factor) == 1:
             return lambda weight, start: weight.mul_(factor)
         return lambda weight, start: weight.mul_(factor[start : start + len(weight)])
@@ -139,14 +141,14 @@ class Scaling:
 
 @dataclass(frozen=True)
 class NewRows:
-    """Trained tokens: the rows `indices` become `rows`, (indices, columns) float32."""
+    """Trained tokens: the rows `indices` become `rows`, (indices, columns)."""
 
     indices: tuple[int, ...]
     rows: torch.Tensor
 
     def fits(self, shape: tuple[int, ...]) -> bool:
-        """All tokens are rows of the tensor."""
-        return tuple(self.rows.shape[1:]) == shape[1:] and max(self.indices, default=0) < shape[0]
+        """All tokens are rows of the tensor, and each has a new one."""
+        return (len(self.indices), *shape[1:]) == self.rows.shape and max(self.indices, default=0) < shape[0]
 
     def merger(self, scratch: torch.Tensor, rows: Callable[[], Iterator[Rows]]) -> Merger:
         """Replaces the tokens' rows."""
@@ -166,13 +168,15 @@ class Updates:
 
     `brought` are those that the adapter's file has itself: modules that were `trained` as a whole, biases, and
     embeddings with rows for added tokens. `changes` are made to them, or else to the base's. With
-    `ensure_weight_tying`, input embeddings and output head were trained as one.
+    `ensure_weight_tying`, input embeddings and output head were trained as one. `fan_in_fan_out` is how the changes
+    take all weights but embeddings to lie.
     """
 
     changes: dict[str, Change]
     brought: dict[str, StoredTensor]
     trained: frozenset[str]
     ensure_weight_tying: bool
+    fan_in_fan_out: bool
 
 
 def read_updates(adapter_path: Path, config: Mapping[str, Any]) -> Updates | None:
@@ -211,11 +215,12 @@ def read_updates(adapter_path: Path, config: Mapping[str, Any]) -> Updates | Non
         brought,
         frozenset(name for name in brought if name.rpartition(".")[0].endswith(saved)),
         bool(config.get("ensure_weight_tying")),
+        bool(config.get("fan_in_fan_out")),
     )
 
 
 def read_lora_pairs(adapter_path: Path, config: Mapping[str, Any]) -> dict[str, LoraPair] | None:
-    """The pairs of a plain LoRA adapter of linear layers by module name, or None where it holds anything else.
+    """The pairs of a plain LoRA adapter of linear layers by module name, float32, or None if it holds anything else.
 
     Raises:
         ArtifactError: a pair is incomplete or does not fit together, or the weights are damaged.
@@ -231,12 +236,12 @@ def read_lora_pairs(adapter_path: Path, config: Mapping[str, Any]) -> dict[str, 
             return None
         if change.fan_in_fan_out != bool(config.get("fan_in_fan_out")):
             return None
-        pairs[name.removesuffix(".weight")] = change
+        pairs[name.removesuffix(".weight")] = replace(change, a=change.a.float(), b=change.b.float())
     return pairs
 
 
 def _read_parts(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, StoredTensor]] | None:
-    """What belongs to each module, float32, and whole tensors; None where there is anything else."""
+    """What belongs to each module, and whole tensors; None where there is anything else."""
     from safetensors import safe_open
 
     parts: dict[str, dict[str, torch.Tensor]] = {}
@@ -244,7 +249,7 @@ def _read_parts(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[st
     with safe_open(path, "pt") as tensors:
         for name, stored in read_safetensors_header(path).items():
             if match := _PART.fullmatch(name):
-                parts.setdefault(match[1], {})[match[2]] = tensors.get_tensor(name).float()
+                parts.setdefault(match[1], {})[match[2]] = tensors.get_tensor(name)
                 if len(stored.shape) != _DIMENSIONS.get(match[2], 2):
                     return None
             elif match := _WHOLE.fullmatch(name):

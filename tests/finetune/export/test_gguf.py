@@ -307,35 +307,31 @@ def test_a_failed_conversion_names_what_is_at_fault(
         conversions.wait()
 
 
-@pytest.mark.parametrize(
-    ("tensor", "converted"),
-    # The converter itself rearranges the first; the second it passes on, and the runtime refuses the file.
-    [("model.layers.0.self_attn.q_proj.weight", False), ("model.layers.1.mlp.up_proj.weight", True)],
-)
-def test_a_tensor_of_the_wrong_shape_is_named_whoever_meets_it(
-    merged: MergedModel, tmp_path: Path, tensor: str, converted: bool
-) -> None:
+def test_a_tensor_of_the_wrong_shape_is_named_whoever_meets_it(merged: MergedModel, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    model = tmp_path / "model"
-    shutil.copytree(merged.path, model)
-    for shard in model.glob("*.safetensors"):
-        tensors = load_file(shard)
-        if tensor in tensors:
-            tensors[tensor] = tensors[tensor][:-1].contiguous()
-            shard.unlink()
-            save_file(tensors, shard, metadata={"format": "pt"})
-    with pytest.raises(ExportError, match=rf"{tensor} of the merged model has the shape \(\d+, 256\), .* asks for"):
-        Reference(model, PROMPTS)
-    output = tmp_path / "out.gguf"
-    with Conversions([ModelConversion(model, output, "F16", {})]) as conversions:
-        if converted:
-            conversions.wait()
-            with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight. has wrong shape"), GgufRuntime(output):
-                pass
-        else:
-            with pytest.raises(ExportError, match=f"RuntimeError at the tensor {tensor}: shape"):
-                conversions.wait()
+    # The first is passed on by the converter, and the runtime refuses the file; the other it rearranges itself.
+    wrong = ["model.layers.1.mlp.up_proj.weight", "model.layers.0.self_attn.q_proj.weight"]
+    models = [tmp_path / tensor for tensor in wrong]
+    outputs = [tmp_path / f"{tensor}.gguf" for tensor in wrong]
+    for tensor, model in zip(wrong, models, strict=True):
+        shutil.copytree(merged.path, model)
+        for shard in model.glob("*.safetensors"):
+            tensors = load_file(shard)
+            if tensor in tensors:
+                tensors[tensor] = tensors[tensor][:-1].contiguous()
+                shard.unlink()
+                save_file(tensors, shard, metadata={"format": "pt"})
+        refused = rf"{tensor} of the merged model has the shape \(\d+, 256\), .* asks for"
+        with pytest.raises(ExportError, match=refused):
+            Reference(model, PROMPTS)
+    jobs = [ModelConversion(model, output, "F16", {}) for model, output in zip(models, outputs, strict=True)]
+    with Conversions(jobs) as conversions, pytest.raises(ExportError) as failed:
+        conversions.wait()
+    assert f"RuntimeError at the tensor {wrong[1]}: shape" in str(failed.value)
+    assert str(models[1]) in str(failed.value), "the first was converted"
+    with pytest.raises(ExportError, match=r"blk\.1\.ffn_up\.weight. has wrong shape"), GgufRuntime(outputs[0]):
+        pass
 
 
 def test_a_full_disk_is_told_from_a_failed_conversion(base: BaseModelRef, gguf: GgufExport) -> None:

@@ -195,6 +195,82 @@ def test_added_tokens_travel_with_the_adapters_tokenizer(base: BaseModelRef, tmp
     assert AutoTokenizer.from_pretrained(merged.path).encode("<new>", add_special_tokens=False) == [before]
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["a file", "in the tokenizer's configuration"])
+def test_a_tokenizer_of_the_adapters_brings_its_chat_template(base: BaseModelRef, tmp_path: Path, inside: bool) -> None:
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    tokenizer.add_tokens(["<new>"])
+    tokenizer.chat_template = "<new>{{ messages[0]['content'] }}"
+    adapter = tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    model.resize_token_embeddings(len(tokenizer))
+    torch.manual_seed(1)
+    get_peft_model(model, lora(target_modules=["q_proj"])).save_pretrained(adapter)
+    tokenizer.save_pretrained(adapter, save_jinja_files=not inside)
+    assert (adapter / "chat_template.jinja").is_file() is not inside
+    merged = merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    assert AutoTokenizer.from_pretrained(merged.path).chat_template == tokenizer.chat_template
+
+
+def test_tokens_without_embeddings_are_refused(base: BaseModelRef, adapter: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base.path)
+    rows = json.loads((base.path / "config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<new {number}>" for number in range(rows - len(tokenizer) + 1)])
+    grown = tmp_path / "adapter"
+    shutil.copytree(adapter, grown)
+    tokenizer.save_pretrained(grown)
+    with pytest.raises(ArtifactError, match=f"has {rows + 1} tokens, but the merged model has {rows} rows"):
+        merge_adapter(base_model=base, adapter_path=grown, output_dir=tmp_path / "m", run_id="r")
+    assert not (tmp_path / "m").exists()
+
+
+def test_of_a_single_file_and_an_index_beside_it_the_file_counts_as_in_transformers(
+    base: BaseModelRef, adapter: Path, tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    model = tmp_path / "base"
+    shutil.copytree(base.path, model, ignore=shutil.ignore_patterns("*.safetensors*"))
+    save_file(weights(base.path), model / "model.safetensors", metadata={"format": "pt"})
+    old = {name: torch.zeros_like(tensor) for name, tensor in weights(base.path).items()}
+    save_file(old, model / "old.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(old, "old.safetensors")}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    stale = base.model_copy(update={"path": model})
+    merged = merge_adapter(base_model=stale, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    expected, found = merged_by_peft(model, adapter), weights(merged.path)
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+@pytest.mark.parametrize(
+    ("index", "fault"),
+    [
+        ('{"weight_map": {"a": "gone.safetensors"}}', r"a file that the model's index names is missing.*gone"),
+        ('{"weight_map"', "unreadable index"),
+    ],
+    ids=["a shard is missing", "the index is cut"],
+)
+def test_a_base_with_a_damaged_index_is_refused(
+    base: BaseModelRef, adapter: Path, tmp_path: Path, index: str, fault: str
+) -> None:
+    model = tmp_path / "base"
+    shutil.copytree(base.path, model, ignore=shutil.ignore_patterns("*.safetensors*"))
+    (model / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(BaseModelError, match=fault):
+        merge_adapter(
+            base_model=base.model_copy(update={"path": model}),
+            adapter_path=adapter,
+            output_dir=tmp_path / "m",
+            run_id="r",
+        )
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -216,10 +292,14 @@ def test_tied_ends_of_which_one_was_trained_part(
     assert weights(merged.path).keys() - weights(base.path).keys() == {"lm_head.weight"}
 
 
-@pytest.mark.parametrize(("tied", "method"), [(True, "peft"), (False, "streaming")], ids=["said to be tied", "untied"])
+@pytest.mark.parametrize(
+    ("tied", "method"),
+    [(True, "peft"), (False, "streaming"), (None, "peft")],
+    ids=["said to be tied", "untied", "unsaid"],
+)
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_own_embeddings_merge_where_both_ends_are_stored(
-    base: BaseModelRef, tmp_path: Path, tied: bool, method: str
+    base: BaseModelRef, tmp_path: Path, tied: bool | None, method: str
 ) -> None:
     import torch
     from peft import get_peft_model
@@ -232,6 +312,9 @@ def test_own_embeddings_merge_where_both_ends_are_stored(
     shutil.copytree(base.path, model, ignore=shutil.ignore_patterns("*.safetensors*"))
     save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": tied}
+    if tied is None:
+        # Every family has a default of its own.
+        del config["tie_word_embeddings"]
     (model / "config.json").write_text(json.dumps(config))
     loaded = AutoModelForCausalLM.from_pretrained(model)
     changed = get_peft_model(loaded, lora(target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
