@@ -29,12 +29,14 @@ def measurement_of(request: TrainingRequest, result: TrainingResult) -> Measurem
     if result.device is None:
         return None
     trial, memory = request.plan.trial_config, request.plan.memory_estimate
-    # A pass that was made smaller, since memory ran out, is not the one that was estimated.
-    as_planned = result.micro_batch == trial.micro_batch
+    # Neither a pass that was made smaller, since memory ran out, nor a part of the weights is what was estimated.
+    shared = request.sharding == "fsdp" and result.processes > 1
+    as_planned = result.micro_batch == trial.micro_batch and not shared
     return Measurement(
         method=trial.method,
         device=result.device,
         estimated_memory_gb=memory.vram_gb / memory.correction if as_planned else None,
         peak_memory_gb=result.peak_memory_gb,
-        tokens_per_second=result.tokens_per_second,
+        # Plans count the hours of one device.
+        tokens_per_second=result.tokens_per_second and result.tokens_per_second / result.processes,
     )

@@ -132,6 +132,7 @@ def _attempt(
         peak_memory_gb=peak_memory_gb(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         seconds=monitor.seconds,
+        processes=world_size(),
         resumed_from_step=step_of(resumed[0]) if resumed else 0,
         micro_batch=micro_batch,
         out_of_memory=too_large_micro_batches(request.work_dir),

@@ -45,6 +45,8 @@ class TrainingResult(BaseModel):
     # "cpu" or the GPU's name
     device: str | None = None
     seconds: float = 0.0
+    # how many trained together, on all machines
+    processes: int = 1
     external_run_id: str | None = None
     external_run_url: str | None = None
     # the step that the last attempt went on from, 0 when it started afresh

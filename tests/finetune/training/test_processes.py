@@ -54,6 +54,7 @@ def test_two_processes_learn_what_one_does_also_when_they_were_stopped_in_betwee
         [point.loss for point in alone.loss_curve], abs=1e-4
     )
     assert (together.tokens_seen, together.trainable_params) == (alone.tokens_seen, alone.trainable_params)
+    assert (alone.processes, together.processes) == (1, 2)
     assert read_manifest(request.adapter_dir, kind="adapter", verify="hashes").results["training_steps"] == 9
 
 
