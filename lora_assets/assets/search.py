@@ -21,7 +21,7 @@ from lora_assets.assets.common import (
 )
 from lora_assets.kubernetes import convert_step, gpu_step
 from resources.base_model import BaseModelSource
-from resources.retries import no_retry_if_permanent
+from resources.retries import RETRY_POLICY, no_retry_if_permanent
 from resources.study import StudyStore
 
 _DEFAULTS = ExperimentSpec()
@@ -64,6 +64,7 @@ class Seat(BaseModel):
 
 @dg.op(
     out={"study": dg.Out(Study), "seats": dg.DynamicOut(Seat)},
+    retry_policy=RETRY_POLICY,
     description="Open the experiment, or find it begun, and seat its workers.",
 )
 def open_study(
@@ -103,7 +104,7 @@ def open_study(
     out=dg.Out(dg.Nothing),
     pool="gpu",
     tags=gpu_step(SETTINGS),
-    retry_policy=dg.RetryPolicy(max_retries=2, delay=10),
+    retry_policy=RETRY_POLICY,
     description="Ask, train, evaluate, tell, until the experiment is over.",
 )
 def work_on_trials(
@@ -128,6 +129,7 @@ def work_on_trials(
     out=dg.Out(StepResult),
     ins={"worked": dg.In(dg.Nothing)},
     tags=convert_step(SETTINGS),
+    retry_policy=RETRY_POLICY,
     description="Merge the best adapter where that is wanted, and publish the report.",
 )
 def report_study(

@@ -251,7 +251,8 @@ def test_every_asset_of_a_date_is_tried_again() -> None:
 
     for asset in defs.assets or []:
         if isinstance(asset, dg.AssetsDefinition) and asset.partitions_def is not None:
-            assert asset.op.retry_policy == RETRY_POLICY, asset.keys
+            for op in asset.node_def.iterate_op_defs():
+                assert op.retry_policy == RETRY_POLICY, (asset.keys, op.name)
 
 
 STARTED = "Started process for run (pid: {}).".format
