@@ -63,9 +63,11 @@ def find_garbage(root: Path, *, keep: int, days: float, live: frozenset[str], bu
     versions = {path.name: list_versions(path) for path in registries}
     served = {run_id for path in registries for run_id in _served(path, versions[path.name], keep)}
     trained = {version.run_id for known in versions.values() for version in known if version.status != "collected"}
+    # Of a pipeline whose registry is not there (yet, or its volume is not mounted) nobody can tell what is in use.
+    unknown = {path.name for path in (root / "adapters").glob("*/*") if path.parent.name not in versions}
     found = [*_temporary(root), *_work(root, days, live), *_indexes(root, days), *_values(root, days)]
     if not busy:
-        found += [*_exports(root, days, live | served), *_adapters(root, days, live | trained)]
+        found += [*_exports(root, days, live | served | unknown), *_adapters(root, days, live | trained | unknown)]
     return sorted(found, key=lambda garbage: (garbage.rule, garbage.path))
 
 

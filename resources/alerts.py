@@ -11,7 +11,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -137,7 +137,7 @@ class Alerts:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Of processes that send at once, each in its turn; without the lock where the disk takes no file."""
+        """Of processes that send at once, each in its turn; without the lock where the disk takes none."""
         try:
             self._state.parent.mkdir(parents=True, exist_ok=True)
             stream = self._state.with_suffix(".lock").open("a")
@@ -145,7 +145,9 @@ class Alerts:
             yield
             return
         with stream:
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            # Not every shared volume has locks.
+            with suppress(OSError):
+                fcntl.flock(stream, fcntl.LOCK_EX)
             yield
 
     def _read(self, now: float) -> _Sent:

@@ -179,6 +179,17 @@ def test_adapters_go_that_are_of_no_version_and_versions_are_never_touched(layou
     assert sorted(path.name for path in (layout.root / "adapters" / "brain").iterdir()) == ["being-evaluated", "r3"]
 
 
+def test_while_a_registry_is_away_nothing_goes_that_its_versions_may_need(layout: DataLayout, found: Found) -> None:
+    for run_id in ("r1", "r2"):
+        version(layout, run_id)
+    version(layout, "other", pipeline="finance")
+    assert found() == {f"models/r1/{part}" for part in EXPORTS}
+    layout.registry.rename(layout.root / "elsewhere")
+    assert found() == set()
+    (layout.root / "elsewhere").rename(layout.registry)
+    assert found() == {f"models/r1/{part}" for part in EXPORTS}
+
+
 def test_an_index_goes_when_nobody_used_it_for_long_and_prepared_datasets_never_do(
     layout: DataLayout, found: Found
 ) -> None:

@@ -1,5 +1,7 @@
 """Alerts over real HTTP on loopback: what they say, how often, and that nothing comes of a webhook that fails."""
 
+import errno
+import fcntl
 import json
 import logging
 from collections.abc import Callable, Iterator
@@ -150,3 +152,18 @@ def test_without_a_webhook_nothing_is_sent_and_nothing_written(tmp_path: Path) -
     alerts = Alerts(None, state=tmp_path / "alerts.json", interval=1, limit=1, redact=Redactor())
     assert not alerts.send(TROUBLE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_where_a_volume_has_no_locks_people_are_told_all_the_same(
+    make: Make, webhook: WebhookServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    struck: list[int] = []
+
+    def without_locks(stream: object, operation: int) -> None:
+        struck.append(operation)
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    assert make().send(TROUBLE)
+    assert struck
+    assert len(webhook.texts) == 1
