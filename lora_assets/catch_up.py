@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
-from finetune.dataset.discovery import ExportFile, stat_fingerprint, window_of
+from finetune.dataset.discovery import ExportFile, window_stats
 from finetune.dataset.models import PreparedDataset
 from finetune.planning.cost import estimate_cost
 from finetune.planning.history import Measurement
@@ -34,6 +35,7 @@ def catch_up(
     every: bool = False,
     latest: bool = False,
     busy: Collection[str] = (),
+    given_up: Mapping[str, str] = MappingProxyType({}),
 ) -> CatchUp:
     """What is made now: dates without a good adapter, and of those whose inputs changed the newest.
 
@@ -44,10 +46,13 @@ def catch_up(
         every: as RETRAIN=all.
         latest: only the newest date, and only if it needs it.
         busy: dates that are being made or wait to be.
+        given_up: why dates are not tried again, by date.
     """
-    due = choose_dates(states, every=every or settings.retrain == "all", latest=latest)
+    wanted = choose_dates(states, every=every or settings.retrain == "all", latest=latest)
+    due = [date for date in wanted if date not in given_up]
     hours = estimated_hours(settings, files, due) if settings.catch_up_gpu_hours else {}
-    return choose(due, hours, budget=settings.catch_up_gpu_hours, busy=busy)
+    chosen = choose(due, hours, budget=settings.catch_up_gpu_hours, busy=busy)
+    return CatchUp(chosen.dates, chosen.left | {date: given_up[date] for date in wanted if date in given_up})
 
 
 def choose(
@@ -109,19 +114,18 @@ def estimated_hours(settings: Settings, files: Sequence[ExportFile], dates: Coll
         for date, plan in list(plans.items())[:_HISTORY]
         if (result := read_value(settings, "adapter", date, TrainingResult)) and result.device
     ]
+    windows = window_stats(files, settings.dataset_window)
     counted = next(((date, plan) for date, plan in plans.items() if plan.estimated_tokens), None)
 
     def tokens(date: str) -> float | None:
-        window = window_of(files, date, settings.dataset_window)
         prepared = read_value(settings, "merged_dataset", date, PreparedDataset)
         own = plans.get(date)
-        if own and own.estimated_tokens and prepared and prepared.stat_fingerprint == stat_fingerprint(window):
+        if own and own.estimated_tokens and prepared and prepared.stat_fingerprint == windows[date].fingerprint:
             return own.estimated_tokens
         if counted is None:
             return None
         known, plan = counted
-        known_size = sum(file.size for file in window_of(files, known, settings.dataset_window))
-        return (plan.estimated_tokens or 0) * sum(file.size for file in window) / max(1, known_size)
+        return (plan.estimated_tokens or 0) * windows[date].size / max(1, windows[known].size)
 
     def hours(date: str) -> float | None:
         plan = plans.get(date) or (counted[1] if counted else None)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from finetune.dataset.discovery import ExportFile, stat_fingerprint, window_of
+from finetune.dataset.discovery import ExportFile, window_stats
 from finetune.dataset.models import PreparedDataset
 from finetune.export.models import GgufExport, LmStudioExport, MergedModel, OllamaExport
 from finetune.publishing import is_complete
@@ -36,7 +37,16 @@ class DateState(BaseModel):
 def date_states(settings: Settings, files: Sequence[ExportFile]) -> list[DateState]:
     """The state of each date that has exports, oldest first; `files` as `discover_exports` returns them."""
     reigning = champion(settings.layout.registry)
-    return [_state(settings, files, date, reigning) for date in sorted({file.date for file in files})]
+    stats = window_stats(files, settings.dataset_window)
+    numbers = Counter(file.date for file in files)
+    sizes: Counter[str] = Counter()
+    for file in files:
+        sizes[file.date] += file.size
+    judged = {date: _judge(settings, date, stat.fingerprint, reigning) for date, stat in stats.items()}
+    return [
+        DateState(date=date, state=state, reason=reason, files=numbers[date], size=sizes[date])
+        for date, (state, reason) in judged.items()
+    ]
 
 
 def choose_dates(states: Sequence[DateState], *, every: bool = False, latest: bool = False) -> list[str]:
@@ -55,14 +65,8 @@ def choose_dates(states: Sequence[DateState], *, every: bool = False, latest: bo
     return sorted(missing + (stale if every else stale[-1:]))
 
 
-def _state(settings: Settings, files: Sequence[ExportFile], date: str, reigning: RegisteredVersion | None) -> DateState:
-    own = [file for file in files if file.date == date]
-    state, reason = _judge(settings, files, date, reigning)
-    return DateState(date=date, state=state, reason=reason, files=len(own), size=sum(file.size for file in own))
-
-
 def _judge(
-    settings: Settings, files: Sequence[ExportFile], date: str, reigning: RegisteredVersion | None
+    settings: Settings, date: str, stat_fingerprint: str, reigning: RegisteredVersion | None
 ) -> tuple[Literal["missing", "stale", "current"], str]:
     prepared = read_value(settings, "merged_dataset", date, PreparedDataset)
     version = read_value(settings, "registered_adapter", date, RegisteredVersion)
@@ -70,7 +74,7 @@ def _judge(
         return "missing", "never prepared"
     if version is None:
         return "missing", "prepared, but not trained to the end"
-    if prepared.stat_fingerprint != stat_fingerprint(window_of(files, date, settings.dataset_window)):
+    if prepared.stat_fingerprint != stat_fingerprint:
         return "stale", "exports of its window were added or changed"
     if not is_complete(prepared.path) or version.lineage.get("dataset_fingerprint") != prepared.fingerprint:
         return "stale", "its adapter was trained on another dataset"

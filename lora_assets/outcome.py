@@ -7,9 +7,17 @@ import dagster as dg
 from dagster_shared.error import SerializableErrorInfo
 from pydantic import BaseModel, ConfigDict
 
-from finetune.errors import TransientError
+from finetune.errors import PermanentError, TransientError
 
-_PASSING = {TransientError.__name__, *(kind.__name__ for kind in TransientError.__subclasses__())}
+
+def _names(kind: type[Exception]) -> set[str]:
+    return {kind.__name__}.union(*map(_names, kind.__subclasses__()))
+
+
+_PASSING = _names(TransientError)
+# A gate's refusal, and what no retry mends.
+_GATE = "DagsterAssetCheckFailedError"
+_LASTING = {_GATE, *_names(PermanentError)}
 
 
 class StepOutcome(BaseModel):
@@ -47,6 +55,8 @@ class FailedStep(BaseModel):
     reason: str
     # whether trying again later may help
     transient: bool
+    # whether trying again is of no use while nothing changes; of many errors nobody knows either
+    lasting: bool
     # whether a blocking check stopped it, whose own description says more
     gate: bool
 
@@ -58,7 +68,8 @@ def failed_steps(events: Sequence[dg.DagsterEvent]) -> list[FailedStep]:
             step=event.step_key or "",
             reason=_cause(event.step_failure_data.error) if event.step_failure_data.error else "unknown",
             transient=bool(_PASSING & set(_classes(event.step_failure_data.error))),
-            gate="DagsterAssetCheckFailedError" in _classes(event.step_failure_data.error),
+            lasting=bool(_LASTING & set(_classes(event.step_failure_data.error))),
+            gate=_GATE in _classes(event.step_failure_data.error),
         )
         for event in events
         if event.is_step_failure

@@ -3,15 +3,16 @@
 import fcntl
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
 import dagster as dg
 
-from finetune.dataset.discovery import discover_exports
+from finetune.dataset.discovery import ExportFile, discover_exports
 from finetune.errors import ConfigurationError, TransientError
+from lora_assets.attempts import INPUTS, inputs_of
 from lora_assets.interrupts import ends_while_it_waits
 from lora_assets.logs import TAGS
 from lora_assets.outcome import DateOutcome, date_outcome
@@ -73,7 +74,9 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
             with open_run_log(settings) as run_log:
                 reconcile(settings, instance, run_log)
         instance.add_dynamic_partitions(str(dataset_dates.name), [date])
-        report_arrival(instance, settings, date)
+        files = discover_exports(settings.exports, settings.pattern)
+        report_arrival(instance, date, [file for file in files if file.date == date])
+        inputs = inputs_of(settings, files).get(date)
         limit_gpu_pool(instance, settings.gpus)
         run_id = str(uuid4())
 
@@ -91,7 +94,7 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
                 raise_on_error=False,
                 run_config={"loggers": {"console": {}}},
                 # Whoever started the command decides whether it is tried again, not the daemon.
-                tags={**TAGS, "dagster/max_retries": "0"},
+                tags={**TAGS, "dagster/max_retries": "0", **({INPUTS: inputs} if inputs else {})},
             )
         seconds = time.monotonic() - started
         if run := instance.get_run_by_id(result.run_id):
@@ -112,6 +115,7 @@ def run_drift(settings: Settings) -> DateOutcome:
 
     started = time.monotonic()
     with _alone(home), dg.DagsterInstance.get() as instance:
+        _close_killed_runs(instance, settings)
         limit_gpu_pool(instance, settings.gpus)
         result = defs.resolve_job_def(champion_drift.name).execute_in_process(
             instance=instance,
@@ -119,6 +123,8 @@ def run_drift(settings: Settings) -> DateOutcome:
             run_config={"loggers": {"console": {}}},
             tags={**TAGS, "dagster/max_retries": "0"},
         )
+        if run := instance.get_run_by_id(result.run_id):
+            report_end(settings, instance, run)
         return date_outcome("drift", result.success, result.run_id, result.all_events, time.monotonic() - started)
 
 
@@ -154,11 +160,10 @@ def _close_killed_runs(instance: dg.DagsterInstance, settings: Settings) -> None
         report_end(settings, instance, instance.get_run_by_id(run.run_id) or run)
 
 
-def report_arrival(instance: dg.DagsterInstance, settings: Settings, date: str) -> None:
-    """Tell the lineage of the date's exports, unless the sensor or an earlier run told of the very same."""
+def report_arrival(instance: dg.DagsterInstance, date: str, files: Sequence[ExportFile]) -> None:
+    """Tell the lineage of the date's own files, unless the sensor or an earlier run told of the very same."""
     from lora_assets.assets import dataset
 
-    files = [file for file in discover_exports(settings.exports, settings.pattern) if file.date == date]
     if not files:
         return
     event = arrival(dataset.brain_exports.key, date, files)

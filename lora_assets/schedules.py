@@ -1,11 +1,13 @@
 """What runs by the clock: the nightly catch-up and the weekly look at the champion's drift."""
 
 from functools import partial
+from itertools import groupby
 
 import dagster as dg
 
 from finetune.dataset.discovery import discover_exports
 from finetune.errors import ConfigurationError, DatasetError
+from lora_assets.attempts import INPUTS, given_up, inputs_of
 from lora_assets.catch_up import catch_up
 from lora_assets.freshness import date_states
 from lora_assets.jobs import champion_drift, train_and_export
@@ -62,7 +64,10 @@ def _nightly(settings: Settings, context: dg.ScheduleEvaluationContext) -> list[
     except DatasetError as error:
         return dg.SkipReason(str(error))
     states = date_states(settings, files)
-    chosen = catch_up(settings, files, states, busy=busy_dates(context.instance))
+    inputs = inputs_of(settings, files)
+    chosen = catch_up(
+        settings, files, states, busy=busy_dates(context.instance), given_up=given_up(context.instance, inputs)
+    )
     for date, why in chosen.left.items():
         context.log.info(f"{date} is left for another time: {why}")
     if not chosen.dates:
@@ -70,11 +75,16 @@ def _nightly(settings: Settings, context: dg.ScheduleEvaluationContext) -> list[
         return dg.SkipReason(f"no date of {len(states)} is asked for{left}")
     # The arrival sensor may be off, or may not have seen them yet.
     context.instance.add_dynamic_partitions(str(dataset_dates.name), chosen.dates)
+    own = {date: list(of) for date, of in groupby(files, key=lambda file: file.date)}
     for date in chosen.dates:
-        report_arrival(context.instance, settings, date)
+        report_arrival(context.instance, date, own[date])
     night = context.scheduled_execution_time.date().isoformat()
     return [
-        dg.RunRequest(run_key=f"{date}-{night}", partition_key=date, tags=priority_tags("schedule", date))
+        dg.RunRequest(
+            run_key=f"{date}-{night}",
+            partition_key=date,
+            tags={**priority_tags("schedule", date), INPUTS: inputs[date]},
+        )
         for date in chosen.dates
     ]
 

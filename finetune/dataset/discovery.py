@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from fnmatch import translate
+from functools import lru_cache
+from hashlib import sha256
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from stat import S_ISREG
 from typing import NamedTuple
@@ -16,6 +20,7 @@ from finetune.dataset.reading import opened
 from finetune.errors import ConfigurationError, DatasetError
 from finetune.publishing import sha256_file, sha256_json
 
+_DATE_AND_NAME = attrgetter("date", "name")
 # A date, whole or with six digits of time behind it.
 _DATE = re.compile(r"20(?<!\d20)(\d\d)([-_.]?)(\d\d)\2(\d\d)(?=\d{6}(?!\d)|\D|$)")
 _WINDOW = re.compile(r"all|date|last:([1-9]\d*)")
@@ -51,11 +56,18 @@ def date_in_name(name: str) -> str | None:
     such as a time or a part's number.
     """
     for match in _DATE.finditer(name):
-        try:
-            return date(2000 + int(match[1]), int(match[3]), int(match[4])).isoformat()
-        except ValueError:  # such as a 13th month
-            continue
+        if found := _iso_date(match[1], match[3], match[4]):
+            return found
     return None
+
+
+# A directory holds many files of one date.
+@lru_cache(1 << 14)
+def _iso_date(year: str, month: str, day: str) -> str | None:
+    try:
+        return date(2000 + int(year), int(month), int(day)).isoformat()
+    except ValueError:  # such as a 13th month
+        return None
 
 
 @dataclass(frozen=True)
@@ -103,7 +115,7 @@ def list_exports(directory: Path, pattern: str = "brain_dataset_*.jsonl") -> Lis
         files.append(ExportFile(directory, name, found, status.st_size, status.st_mtime_ns))
         if not os.access(entry.path, os.R_OK, effective_ids=True):
             unreadable[name] = "this user may not read it"
-    files.sort(key=lambda file: (file.date, file.name))
+    files.sort(key=_DATE_AND_NAME)
     return Listing(files, unreadable, broken, done)
 
 
@@ -157,12 +169,55 @@ def window_of(files: Sequence[ExportFile], date: str, window: str = "all") -> li
         dates = [found for found in dates if found == date]
     elif match[1]:
         dates = dates[-int(match[1]) :]
-    return sorted((file for file in files if file.date in set(dates)), key=lambda file: (file.date, file.name))
+    chosen = set(dates)
+    return sorted((file for file in files if file.date in chosen), key=_DATE_AND_NAME)
+
+
+class WindowStat(NamedTuple):
+    """What tells windows apart without their files being opened: `stat_fingerprint`, and the size in bytes."""
+
+    fingerprint: str
+    size: int
+
+
+def window_stats(files: Sequence[ExportFile], window: str = "all") -> dict[str, WindowStat]:
+    """Fingerprint and size of the window of each date that has files, as `window_of` chooses it; by date.
+
+    Each file is looked at once for each window that it is new in: with ``all``, which grows from date to date,
+    once in all.
+
+    Args:
+        files: exports of any dates.
+        window: as for `window_of`.
+
+    Raises:
+        ConfigurationError: `window` is none of these.
+    """
+    by_date = {day: list(of) for day, of in groupby(sorted(files, key=_DATE_AND_NAME), key=attrgetter("date"))}
+    stats: dict[str, WindowStat] = {}
+    if window == "all":
+        digest, size = sha256(), 0
+        for day, of in by_date.items():
+            digest.update(_identity(of))
+            size += sum(file.size for file in of)
+            stats[day] = WindowStat(digest.hexdigest()[:_FINGERPRINT_DIGITS], size)
+        return stats
+    days = list(by_date)
+    span = len(window_of([of[0] for of in by_date.values()], max(days, default=""), window))
+    for at, day in enumerate(days):
+        own = [file for each in days[max(0, at + 1 - span) : at + 1] for file in by_date[each]]
+        stats[day] = WindowStat(stat_fingerprint(own), sum(file.size for file in own))
+    return stats
 
 
 def stat_fingerprint(files: Sequence[ExportFile]) -> str:
     """A short hash of names, sizes and times: cheap, for sensors."""
-    return sha256_json(sorted([file.name, file.size, file.mtime_ns] for file in files))[:_FINGERPRINT_DIGITS]
+    return sha256(_identity(sorted(files, key=_DATE_AND_NAME))).hexdigest()[:_FINGERPRINT_DIGITS]
+
+
+def _identity(files: Iterable[ExportFile]) -> bytes:
+    # A name holds no slash, so that neither name nor number passes for another.
+    return os.fsencode("".join([f"{file.name}/{file.size}/{file.mtime_ns}/" for file in files]))
 
 
 def content_fingerprint(files: Sequence[ExportFile]) -> str:

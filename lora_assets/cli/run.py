@@ -55,7 +55,10 @@ def run(
     files = find_exports(settings)
     states = date_states(settings, files)
     if date is None:
-        chosen = catch_up(settings, files, states, every=every, latest=latest)
+        from lora_assets.attempts import given_up_here
+
+        given_up = {} if every else given_up_here(settings, files)
+        chosen = catch_up(settings, files, states, every=every, latest=latest, given_up=given_up)
     elif date in {state.date for state in states}:
         chosen = CatchUp([date])
     else:

@@ -17,6 +17,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 from dagster._core.execution.backfill import BulkActionStatus, PartitionBackfill
+from dagster._core.execution.plan.objects import StepFailureData
 from dagster._core.remote_representation.external import RemoteRepository
 from dagster._core.scheduler.instigation import InstigatorTick
 from dagster._core.test_utils import create_test_daemon_workspace_context, freeze_time
@@ -25,6 +26,9 @@ from dagster._core.workspace.load_target import WorkspaceFileTarget
 from dagster._daemon.backfill import execute_backfill_iteration
 from dagster._daemon.sensor import execute_sensor_iteration
 from dagster._scheduler.scheduler import launch_scheduled_runs
+from dagster_graphql.client.query import LAUNCH_PARTITION_BACKFILL_MUTATION
+from dagster_graphql.test.utils import execute_dagster_graphql
+from dagster_shared.error import SerializableErrorInfo
 
 from finetune.layout import DataLayout
 from lora_assets.runner import DAGSTER_YAML
@@ -267,3 +271,64 @@ def test_of_a_backfill_the_newest_dates_go_first_and_after_what_arrived(daemon: 
     daemon.export("2025-12-31")
     daemon.look(2)
     assert daemon.dates() == ["2025-12-31", "2026-01-03", "2026-01-02", "2026-01-01"]
+
+
+def test_chosen_dates_of_the_job_are_launched_from_the_ui(daemon: Daemon) -> None:
+    dates = ["2025-11-01", "2025-11-02", "2025-11-03"]
+    daemon.instance.add_dynamic_partitions("brain_dataset_dates", dates)
+    context = daemon.context.create_request_context()
+    [location] = context.code_locations
+    [repository] = location.get_repositories()
+    # As the page of the job sends it.
+    asked = {
+        "selector": {
+            "partitionSetName": "train_and_export_partition_set",
+            "repositorySelector": {"repositoryName": repository, "repositoryLocationName": location.name},
+        },
+        "partitionNames": [dates[0], dates[2]],
+    }
+    answer = execute_dagster_graphql(context, LAUNCH_PARTITION_BACKFILL_MUTATION, {"backfillParams": asked})
+    launched = answer.data["launchPartitionBackfill"]
+    assert launched["__typename"] == "LaunchBackfillSuccess", launched
+    list(execute_backfill_iteration(daemon.context, LOGGER))
+    runs = daemon.instance.get_runs(dg.RunsFilter(tags={"dagster/backfill": launched["backfillId"]}))
+    assert {run.job_name for run in runs} == {"train_and_export"}
+    assert daemon.dates() == [dates[2], dates[0]]
+    unknown = {**asked, "partitionNames": ["2025-11-09"]}
+    answer = execute_dagster_graphql(context, LAUNCH_PARTITION_BACKFILL_MUTATION, {"backfillParams": unknown})
+    assert answer.data["launchPartitionBackfill"]["__typename"] == "PartitionKeysNotFoundError"
+
+
+def test_a_date_that_fails_for_good_is_asked_for_three_nights_until_something_changes(daemon: Daemon) -> None:
+    daemon.clear()
+    daemon.export("2025-10-01")
+    daemon.export("2025-10-02")
+
+    def next_night() -> list[dg.DagsterRun]:
+        midnight = daemon.now.replace(hour=0, minute=0, second=0, microsecond=0) + datetime.timedelta(days=2)
+        daemon.now = midnight - datetime.timedelta(hours=1, minutes=30)
+        daemon.wait_until(midnight - datetime.timedelta(minutes=30))
+        return daemon.instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.QUEUED]))
+
+    def fail(runs: list[dg.DagsterRun], **errors: str) -> list[str]:
+        for run in runs:
+            date = run.tags["dagster/partition"]
+            error = SerializableErrorInfo(f"{errors[date[-2:]]}: out of luck", [], errors[date[-2:]])
+            daemon.instance.report_dagster_event(
+                dg.DagsterEvent(
+                    event_type_value=dg.DagsterEventType.STEP_FAILURE.value,
+                    job_name=run.job_name,
+                    step_key="brain__adapter",
+                    event_specific_data=StepFailureData(error=error, user_failure_data=None),
+                ),
+                run.run_id,
+            )
+            daemon.instance.report_run_failed(run)
+        return sorted(run.tags["dagster/partition"] for run in runs)
+
+    how = {"01": "DatasetError", "02": "RemoteError"}
+    for _ in range(3):
+        assert fail(next_night(), **how) == ["2025-10-01", "2025-10-02"]
+    assert fail(next_night(), **how) == ["2025-10-02"], "what may pass is tried every night"
+    daemon.export("2025-10-01", "another")
+    assert fail(next_night(), **how) == ["2025-10-01", "2025-10-02"]

@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
+from finetune.dataset import discovery
 from finetune.dataset.discovery import (
     ExportFile,
     content_fingerprint,
@@ -14,6 +16,7 @@ from finetune.dataset.discovery import (
     discover_exports,
     stat_fingerprint,
     window_of,
+    window_stats,
 )
 from finetune.errors import ConfigurationError, DatasetError, TransientError
 
@@ -156,3 +159,34 @@ def test_a_file_that_vanished_is_a_passing_error(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(TransientError, match="vanished"):
         content_fingerprint(files)
+
+
+@pytest.mark.parametrize("window", ["all", "date", "last:2", "last:9"])
+def test_all_windows_at_once_are_the_windows_one_by_one(window: str) -> None:
+    # In the order of dates, which is not that of names.
+    files = [export(date, name=f"{9 - number}", size=number) for number, date in enumerate([*DATES, DATES[0]])]
+
+    found = window_stats(files[::-1], window)
+
+    assert list(found) == sorted(set(DATES))
+    for date, stat in found.items():
+        own = window_of(files, date, window)
+        assert stat == (stat_fingerprint(own), sum(file.size for file in own))
+    assert window_stats([], window) == {}
+    with pytest.raises(ConfigurationError, match="last:N"):
+        window_stats(files, "yesterday")
+
+
+def test_windows_of_many_dates_look_at_each_file_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: list[int] = []
+    identity = discovery._identity
+
+    def counting(files: Iterable[ExportFile]) -> bytes:
+        chosen = list(files)
+        looked_at.append(len(chosen))
+        return identity(chosen)
+
+    monkeypatch.setattr(discovery, "_identity", counting)
+    days = [f"20{year}-01-{day:02}" for year in range(10, 60) for day in range(1, 21)]
+    assert len(window_stats([export(day) for day in days], "all")) == 1000
+    assert sum(looked_at) == 1000
