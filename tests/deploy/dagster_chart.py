@@ -208,6 +208,19 @@ class ComputeLogManager(Strict):
     type: Literal["NoOpComputeLogManager"]
 
 
+class Handler(Strict):
+    name: Literal["lora_assets.logs.RunLines"] = Field(alias="class")
+
+
+class HandlerConfig(Strict):
+    handlers: dict[Literal["lines"], Handler]
+
+
+class PythonLogs(Strict):
+    managedPythonLoggers: list[Literal["finetune", "resources"]]
+    dagsterHandlerConfig: HandlerConfig
+
+
 class InstanceConfig(Strict):
     nux: Enabled
 
@@ -227,6 +240,7 @@ class Values(Strict):
     concurrency: Concurrency
     runLauncher: RunLauncher
     computeLogManager: ComputeLogManager
+    pythonLogs: PythonLogs
     additionalInstanceConfig: InstanceConfig
     user_deployments: UserDeployments = Field(alias="dagster-user-deployments")
 
@@ -254,6 +268,10 @@ class Values(Strict):
                 "enabled": retries.enabled,
                 "max_retries": retries.maxRetries,
                 "retry_on_asset_or_op_failure": retries.retryOnAssetOrOpFailure,
+            },
+            "python_logs": {
+                "managed_python_loggers": self.pythonLogs.managedPythonLoggers,
+                "dagster_handler_config": self.pythonLogs.dagsterHandlerConfig.model_dump(by_alias=True),
             },
             "concurrency": {
                 "runs": {"max_concurrent_runs": self.concurrency.runs.maxConcurrentRuns},

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import dagster as dg
 import jsonschema
 import pytest
 from pydantic import ValidationError
 
+from lora_assets.logs import RunLines
 from tests.deploy.dagster_chart import Values
 from tests.deploy.manifests import CHART, HELM, ROOT, documents, load, merged, misspelt
 
@@ -71,6 +73,14 @@ def test_the_instance_is_the_one_that_the_tests_of_the_cluster_run() -> None:
     launcher = tested["run_launcher"]["config"]
     for name, expected in found.launcher().items():
         assert launcher[name] == expected, name
+
+
+def test_the_log_lines_are_those_of_one_machine() -> None:
+    on_one_machine = load(ROOT / "lora_assets/dagster.yaml")["python_logs"]
+    assert Values.model_validate(values()).instance()["python_logs"] == on_one_machine
+    # Dagster makes the handler by its name, in every run and step.
+    with dg.DagsterInstance.local_temp(overrides={"python_logs": on_one_machine}) as instance:
+        assert RunLines in [type(handler) for handler in instance.get_handlers()]
 
 
 def test_the_queue_is_that_of_one_machine() -> None:
