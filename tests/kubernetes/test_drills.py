@@ -201,7 +201,6 @@ def asked_in_vain(deployment: Deployment, runs: list[dg.DagsterRun]) -> bool:
     return "Connection refused" in log or any("Error while checking health" in message for message in said)
 
 
-@pytest.mark.xfail(reason="step and worker end before the minute is over; the retry was not yet watched to its end")
 def test_the_database_is_away_for_a_minute(deployment: Deployment) -> None:
     drill = Drill(deployment, "database away", seed=8)
     deployment.training(drill.run_id)
