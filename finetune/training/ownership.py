@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from finetune.errors import TransientError
+from finetune.errors import ConfigurationError, TransientError
 
 # False as soon as another process has taken the training over.
 StillMine = Callable[[], bool]
@@ -43,6 +43,7 @@ def hold_output(output: Path) -> Iterator[None]:
 
     Raises:
         TransientError: another process holds it.
+        ConfigurationError: the volume has no locks.
     """
     path = output.with_name(f".{output.name}.work") / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -55,6 +56,12 @@ def hold_output(output: Path) -> Iterator[None]:
                 f"{stream.read() or 'another process'} trains into this directory already",
                 where=output,
                 remedy="Wait for it, or end it; run again, and a finished training is taken as it is",
+            ) from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"no lock can be had here, so that two could train into this directory: {error.strerror}",
+                where=output,
+                remedy="Name an output on a volume with locks (NFS 4, CephFS, a disk of this machine)",
             ) from error
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {socket.gethostname()}")
