@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ def plan_merge(model_path: Path, updates: Updates) -> MergePlan | None:
     elif touched and settings.get("tie_word_embeddings", True):
         # Both ends have a tensor and are said to be one: which of them counts depends on who reads it.
         return None
-    if not brought.keys() | changes.keys() <= base.keys():
+    if not brought.keys() | changes.keys() <= base.keys() or _lacks_any(updates, base, brought.keys() | changes.keys()):
         return None
     conv1d = settings.get("model_type") in _CONV1D
     weights = {name for name, change in changes.items() if name.endswith(".weight") and not isinstance(change, NewRows)}
@@ -115,6 +116,15 @@ def plan_merge(model_path: Path, updates: Updates) -> MergePlan | None:
     if embeddings and vocabulary != base[embeddings].shape[0]:
         config["vocab_size"] = vocabulary
     return MergePlan(shards, config) if changes or brought else None
+
+
+def _lacks_any(updates: Updates, base: dict[str, StoredTensor], found: Set[str]) -> bool:
+    """Whether the adapter has nothing for a matrix that its configuration says was trained."""
+    return any(
+        f".{name}".removesuffix(".weight").endswith(updates.targets)
+        for name, stored in base.items()
+        if name.endswith(".weight") and len(stored.shape) > 1 and name not in found
+    )
 
 
 def _is_scaled_bias(name: str, change: Change) -> bool:

@@ -28,7 +28,7 @@ _PART = re.compile(
 )
 _WHOLE = re.compile(rf"{_PREFIX}(.+?)(?:\.token_adapter)?(?:\.base_layer)?\.(weight|bias)")
 # Copies that peft writes beside the tensor itself where the vocabulary has changed.
-_COPIES = (".modules_to_save.", ".original_module.")
+_COPY = re.compile(r"\.(modules_to_save|original_module)(?=\.)")
 _DIMENSIONS = {"lora_magnitude_vector": 1, "lora_B.bias": 1}
 _KINDS = {"LORA", "IA3", "TRAINABLE_TOKENS"}
 # Adapters with any of these do more than change tensors one by one.
@@ -169,7 +169,8 @@ class Updates:
     `brought` are those that the adapter's file has itself: modules that were `trained` as a whole, biases, and
     embeddings with rows for added tokens. `changes` are made to them, or else to the base's. With
     `ensure_weight_tying`, input embeddings and output head were trained as one. `fan_in_fan_out` is how the changes
-    take all weights but embeddings to lie.
+    take all weights but embeddings to lie. `targets` are ends of the names of modules all of which were trained, as far
+    as the configuration names them.
     """
 
     changes: dict[str, Change]
@@ -177,6 +178,7 @@ class Updates:
     trained: frozenset[str]
     ensure_weight_tying: bool
     fan_in_fan_out: bool
+    targets: tuple[str, ...] = ()
 
 
 def read_updates(adapter_path: Path, config: Mapping[str, Any]) -> Updates | None:
@@ -216,7 +218,15 @@ def read_updates(adapter_path: Path, config: Mapping[str, Any]) -> Updates | Non
         frozenset(name for name in brought if name.rpartition(".")[0].endswith(saved)),
         bool(config.get("ensure_weight_tying")),
         bool(config.get("fan_in_fan_out")),
+        (*saved, *_targets(config)),
     )
+
+
+def _targets(config: Mapping[str, Any]) -> tuple[str, ...]:
+    targets = config.get("target_modules")
+    if not isinstance(targets, list) or config.get("layers_to_transform") or config.get("exclude_modules"):
+        return ()
+    return tuple(f".{target}" for target in targets)
 
 
 def read_lora_pairs(adapter_path: Path, config: Mapping[str, Any]) -> dict[str, LoraPair] | None:
@@ -246,18 +256,22 @@ def _read_parts(path: Path) -> tuple[dict[str, dict[str, torch.Tensor]], dict[st
 
     parts: dict[str, dict[str, torch.Tensor]] = {}
     brought: dict[str, StoredTensor] = {}
+    copied = set()
     with safe_open(path, "pt") as tensors:
         for name, stored in read_safetensors_header(path).items():
             if match := _PART.fullmatch(name):
                 parts.setdefault(match[1], {})[match[2]] = tensors.get_tensor(name)
                 if len(stored.shape) != _DIMENSIONS.get(match[2], 2):
                     return None
-            elif match := _WHOLE.fullmatch(name):
-                if not any(copy in name for copy in _COPIES):
-                    brought[f"{match[1]}.{match[2]}"] = stored
+            elif match := _WHOLE.fullmatch(_COPY.sub("", name)):
+                own = f"{match[1]}.{match[2]}"
+                if _COPY.search(name):
+                    copied.add(own)
+                else:
+                    brought[own] = stored
             else:
                 return None
-    return parts, brought
+    return (parts, brought) if copied <= brought.keys() else None
 
 
 def _lora_pairs(module: str, own: dict[str, torch.Tensor], config: Mapping[str, Any], path: Path) -> dict[str, Change]:

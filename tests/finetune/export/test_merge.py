@@ -576,6 +576,7 @@ def of_two_ranks(tensors: dict[str, Any]) -> dict[str, Any]:
     return {name: tensor[:3].clone() if "lora_A" in name else tensor for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("validated", [True, False], ids=["validated", "not validated"])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -586,7 +587,7 @@ def of_two_ranks(tensors: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_an_adapter_of_another_model_is_refused(
-    base: BaseModelRef, adapter: Path, tmp_path: Path, change: Any, message: str
+    base: BaseModelRef, adapter: Path, tmp_path: Path, change: Any, message: str, validated: bool
 ) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -596,7 +597,11 @@ def test_an_adapter_of_another_model_is_refused(
     save_file(change(tensors), other / "adapter_model.safetensors")
     with pytest.raises(ArtifactError, match=message):
         merge_adapter(
-            base_model=base, adapter_path=other, output_dir=tmp_path / "m", run_id="r", validate_on=PROMPTS[:1]
+            base_model=base,
+            adapter_path=other,
+            output_dir=tmp_path / "m",
+            run_id="r",
+            validate_on=PROMPTS[:1] if validated else None,
         )
     assert not (tmp_path / "m").exists()
 

@@ -467,3 +467,20 @@ def test_an_adapter_stays_in_its_file_until_a_tensor_is_merged(tmp_path: Path) -
     updates = read_updates(tmp_path, {"peft_type": "LORA", "r": 4096, "lora_alpha": 1})
     assert updates is not None
     assert own_memory() - before < megabytes << 8
+
+
+@pytest.mark.parametrize("name", ["", "modules_to_save."], ids=["missing", "under an old name"])
+def test_a_whole_module_that_is_not_found_in_the_adapter_is_refused(
+    make_base: Callable[..., BaseModelRef], tmp_path: Path, name: str
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    base, adapter = make_base(tied=False, precision="float32"), tmp_path / "adapter"
+    train(base, ENDS["whole head"](), adapter, VOCABULARY)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    head = tensors.pop("base_model.model.lm_head.weight")
+    save_file(tensors | ({f"base_model.model.lm_head.{name}weight": head} if name else {}), file)
+    with pytest.raises(ArtifactError, match="the adapter cannot be loaded"):
+        merge_adapter(base_model=base, adapter_path=adapter, output_dir=tmp_path / "m", run_id="r")
+    assert not (tmp_path / "m").exists()
