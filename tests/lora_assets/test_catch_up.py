@@ -1,6 +1,10 @@
 """Which dates a catch-up makes, as a table; what it reads from disk, and the commands that share the decision."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +16,7 @@ from lora_assets.cli.app import app
 from lora_assets.freshness import date_states
 from lora_assets.settings import Settings, load_settings
 
+ROOT = Path(__file__).parents[2]
 A, B, C = "2026-06-01", "2026-06-02", "2026-06-03"
 
 
@@ -179,3 +184,68 @@ def test_a_wrong_range_is_told_in_one_line(settings: Settings, first: str, last:
     assert result.exit_code == 1
     assert told in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def finish(settings: Settings, date: str) -> None:
+    """What a date that was made whole leaves behind, as far as its state is read from it."""
+    trained(settings, discover_exports(settings.exports), date, tokens=1, speed=1.0)
+    prepared = settings.data_root / "prepared"
+    prepared.mkdir(exist_ok=True)
+    (prepared / "manifest.json").touch()
+    path = settings.layout.asset_values / "brain" / "merged_dataset" / f"{date}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"path": str(prepared)}))
+    value(
+        settings,
+        "registered_adapter",
+        date,
+        version="v1",
+        adapter_hash="a",
+        stored_path="p",
+        created_at="2026-06-01T00:00:00Z",
+        run_id="r",
+        trial_id="t",
+        metrics={},
+        tags={},
+        lineage={"dataset_fingerprint": "f", "recipe": settings.recipe},
+        status="challenger",
+        reason="",
+    )
+
+
+# The command itself in a process of its own; a date takes no time, and the machine may be lost at the second.
+BACKFILL = """
+import os, signal, sys
+from lora_assets import runner
+from lora_assets.cli.app import app
+from lora_assets.outcome import DateOutcome
+from tests.lora_assets.test_catch_up import finish
+
+def run_date(settings, date):
+    if date == sys.argv[1]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    finish(settings, date)
+    return DateOutcome(
+        date=date, status="SUCCESS", dagster_run_id="r", seconds=0, steps=[], failed_checks=[], error=None
+    )
+
+runner.run_date = run_date
+app(["backfill", "--from", "2026-06-01", "--to", "2026-06-03", "--json"])
+"""
+
+
+def test_a_backfill_that_was_killed_goes_on_where_it_stood(settings: Settings) -> None:
+    for date in (A, B, C):
+        export(settings, date)
+
+    def backfill(killed_at: str = "never") -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", BACKFILL, killed_at]
+        return subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+
+    assert backfill(killed_at=B).returncode == -signal.SIGKILL
+    assert planned("backfill", "--from", A, "--to", C) == [B, C]
+    done = backfill()
+    assert done.returncode == 0, done.stderr
+    assert [run["date"] for run in json.loads(done.stdout)["runs"]] == [B, C]
+    assert json.loads(backfill().stdout)["runs"] == []
+    export(settings, B, size=7)
+    assert planned("backfill", "--from", A, "--to", C) == [B, C], "the window of C holds B"
