@@ -59,7 +59,8 @@ def given_up_here(settings: Settings, files: Sequence[ExportFile]) -> dict[str, 
     """As `given_up`, by the history of this data root; none where no run ever was."""
     from lora_assets.runner import dagster_home
 
-    if not Path(os.environ.get("DAGSTER_HOME") or settings.data_root / "dagster").is_dir():
+    # Whoever makes the history holds the lock on it.
+    if not Path(os.environ.get("DAGSTER_HOME") or settings.data_root / "dagster" / "history").is_dir():
         return {}
     dagster_home(settings)
     with dg.DagsterInstance.get() as instance:
