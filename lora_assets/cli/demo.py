@@ -201,6 +201,8 @@ def dev(
         print_json({"url": f"http://{host}:{port}", "dagster_home": str(home), "exports": str(settings.exports)})
     else:
         out.print(f"UI: http://{host}:{port}  history: {home}  watched: {settings.exports}/{settings.pattern}")
-        out.print("Switch export_arrival on under Automation, then drop an export into the watched directory.")
+        switch = "switch export_arrival on under Automation (or set AUTOMATION_ON), then "
+        first = "" if settings.automation_on else switch
+        out.print(f"To see it work: {first}drop an export into the watched directory.")
     program = str(Path(sys.executable).with_name("dagster"))
     os.execv(program, [program, "dev", "-m", "lora_assets.definitions", "-h", host, "-p", str(port)])
