@@ -21,6 +21,8 @@ def exports(loop: Loop) -> Loop:
     loop.layout.exports.mkdir(parents=True)
     for file in EXAMPLES.glob(f"*{DATES[0]}*"):
         shutil.copy(file, loop.layout.exports)
+    # What else is exported, and how much is learned, does not matter here.
+    loop.environment |= {"TRAIN_EPOCHS": "2", "EXPORT_TARGETS": "vllm"}
     return loop
 
 
