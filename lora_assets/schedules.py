@@ -78,10 +78,11 @@ def _nightly(settings: Settings, context: dg.ScheduleEvaluationContext) -> list[
     own = {date: list(of) for date, of in groupby(files, key=lambda file: file.date)}
     for date in chosen.dates:
         report_arrival(context.instance, date, own[date])
-    night = context.scheduled_execution_time.date().isoformat()
+    # Of this tick: CATCH_UP_CRON may have several a day.
+    tick = context.scheduled_execution_time.isoformat(timespec="minutes")
     return [
         dg.RunRequest(
-            run_key=f"{date}-{night}",
+            run_key=f"{date}-{tick}",
             partition_key=date,
             tags={**priority_tags("schedule", date), INPUTS: inputs[date]},
         )

@@ -102,7 +102,10 @@ def list_exports(directory: Path, pattern: str = "brain_dataset_*.jsonl") -> Lis
         try:
             status = entry.stat()
         except FileNotFoundError:
-            continue  # gone since the listing
+            # Gone since the listing, unless it is a link to a volume that is away.
+            if entry.is_symlink() and name == entry.name:
+                broken[name] = "what it links to is not there"
+            continue
         except OSError as error:
             broken[name] = str(error.strerror)
             continue

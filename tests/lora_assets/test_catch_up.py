@@ -1,5 +1,6 @@
 """Which dates a catch-up makes, as a table; what it reads from disk, and the commands that share the decision."""
 
+import datetime
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dagster as dg
 import pytest
 from typer.testing import CliRunner
 
@@ -14,6 +16,7 @@ from finetune.dataset.discovery import ExportFile, discover_exports, stat_finger
 from lora_assets.catch_up import CatchUp, catch_up, choose, estimated_hours
 from lora_assets.cli.app import app
 from lora_assets.freshness import date_states
+from lora_assets.schedules import _nightly
 from lora_assets.settings import Settings, load_settings
 
 ROOT = Path(__file__).parents[2]
@@ -184,6 +187,23 @@ def test_a_wrong_range_is_told_in_one_line(settings: Settings, first: str, last:
     assert result.exit_code == 1
     assert told in result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_each_tick_of_a_day_asks_anew_and_the_same_tick_once(settings: Settings, tmp_path: Path) -> None:
+    export(settings, A)
+
+    def run_keys(hour: int) -> list[str | None]:
+        moment = datetime.datetime(2026, 6, 7, hour, tzinfo=datetime.UTC)
+        with dg.build_schedule_context(instance, scheduled_execution_time=moment) as context:
+            requests = _nightly(settings, context)
+        assert isinstance(requests, list)
+        return [request.run_key for request in requests]
+
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        morning, again, evening = run_keys(2), run_keys(2), run_keys(14)
+    assert len(morning) == 1
+    assert morning == again
+    assert morning != evening
 
 
 def finish(settings: Settings, date: str) -> None:

@@ -152,6 +152,14 @@ def test_the_content_fingerprint_follows_the_bytes_and_not_the_times(tmp_path: P
     assert content_fingerprint(discover_exports(tmp_path)) != before
 
 
+def test_a_link_to_what_is_not_there_is_no_file_that_may_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "brain_dataset_2026-06-01.jsonl").write_text("a")
+    (tmp_path / "brain_dataset_2026-06-02.jsonl").symlink_to(tmp_path / "unmounted" / "export")
+    assert list(discovery.list_exports(tmp_path).broken) == ["brain_dataset_2026-06-02.jsonl"]
+    with pytest.raises(DatasetError, match="what it links to is not there"):
+        discover_exports(tmp_path)
+
+
 def test_a_file_that_vanished_is_a_passing_error(tmp_path: Path) -> None:
     path = tmp_path / "brain_dataset_2026-06-01.jsonl"
     path.write_text("a")
