@@ -124,7 +124,7 @@ def test_a_dry_run_tells_what_is_stale_and_changes_nothing(demo: Loop, tmp_path:
     stale = demo.run_json("run", "--dry-run", **settings)
     assert stale["to_make"] == [NEWEST]
     assert {state["state"] for state in stale["dates"]} == {"stale"}
-    assert demo.run_json("run", "--all", "--dry-run", **settings)["to_make"] == DATES
+    assert demo.run_json("run", "--all", "--dry-run", **settings)["to_make"] == DATES[::-1], "the newest first"
     exports = tmp_path / "exports"
     shutil.copytree(demo.layout.exports, exports)
     (exports / "brain_dataset_2026-06-20.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
