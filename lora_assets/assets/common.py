@@ -15,6 +15,8 @@ from lora_assets.settings import load_settings
 from resources.retries import RETRY_POLICY
 
 SETTINGS = load_settings()
+# Else H2O LLM Studio does, and no step of ours needs a GPU for it.
+TRAINS_HERE = SETTINGS.training_backend == "hf-peft"
 PREFIX = SETTINGS.pipeline_name
 OWNERS = ["team:ml-platform"]
 SECONDS_BETWEEN_REPORTS = 5.0

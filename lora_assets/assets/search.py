@@ -13,6 +13,7 @@ from finetune.search.spec import ExperimentSpec, spec_of
 from lora_assets.assets.common import (
     COMMON,
     SETTINGS,
+    TRAINS_HERE,
     log_progress,
     made_from,
     path,
@@ -102,8 +103,8 @@ def open_study(
 
 @dg.op(
     out=dg.Out(dg.Nothing),
-    pool="gpu",
-    tags=gpu_step(SETTINGS),
+    pool="gpu" if TRAINS_HERE else None,
+    tags=gpu_step(SETTINGS) if TRAINS_HERE else None,
     retry_policy=RETRY_POLICY,
     description="Ask, train, evaluate, tell, until the experiment is over.",
 )

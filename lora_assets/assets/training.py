@@ -14,12 +14,14 @@ from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import is_complete
+from finetune.search.adoption import as_overrides, read_configuration
 from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest, TrainingResult
 from finetune.training.ownership import StillMine
 from lora_assets.assets.common import (
     COMMON,
     SETTINGS,
+    TRAINS_HERE,
     choice,
     log_progress,
     made_from,
@@ -39,7 +41,6 @@ from resources.trainer import LoraTrainer
 
 # Time between two looks at a running training that stay on its asset.
 SECONDS_BETWEEN_OBSERVATIONS = 30.0
-TRAINS_HERE = SETTINGS.training_backend == "hf-peft"
 
 
 class PlanConfig(dg.Config):
@@ -58,6 +59,10 @@ class PlanConfig(dg.Config):
     accumulation: int | None = Field(SETTINGS.accumulation, description="Forward passes per optimizer step.")
     vram_limit_gb: float | None = Field(SETTINGS.vram_limit_gb, description="Memory of the card in GB.")
     seed: int = Field(SETTINGS.seed, description="Seed of everything random.")
+    adopt_trial: str | None = Field(
+        SETTINGS.adopt_trial,
+        description="SHA-256 of an experiment's best configuration: the plan is that one, whatever else is given.",
+    )
 
 
 @dg.asset(
@@ -77,13 +82,13 @@ def training_plan(
     run_log: RunLog,
 ) -> dg.MaterializeResult[TrainingPlan]:
     """Choose what the configuration leaves open, and say why; earlier trainings of the model correct the estimates."""
-    overrides = PlanOverrides.model_validate(config.model_dump(exclude={"method", "task", "vram_limit_gb"}))
+    task, method, overrides = _given(config)
     base = base_model.resolve(log_progress(context), weights=False)
     plan = make_plan(
         base.path,
         dataset_profile,
-        task=choice(Task, "task", config.task),
-        method=None if config.method is None else choice(Method, "method", config.method),
+        task=task,
+        method=method,
         overrides=overrides,
         vram_limit_gb=config.vram_limit_gb,
         device=SETTINGS.device,
@@ -97,6 +102,7 @@ def training_plan(
         data_version=dg.DataVersion(trial.trial_id),
         metadata={
             "trial_id": trial.trial_id,
+            "adopted": config.adopt_trial or "",
             "trial_config": dg.MetadataValue.json(trial.model_dump()),
             "search_space": dg.MetadataValue.json({name: r.model_dump() for name, r in plan.search_space.items()}),
             "vram_gb": memory.vram_gb,
@@ -112,6 +118,25 @@ def training_plan(
             "max_gpu_hours": "no limit" if SETTINGS.max_gpu_hours is None else SETTINGS.max_gpu_hours,
             "why": dg.MetadataValue.md("\n".join(f"- {line}" for line in plan.explanations)),
         },
+    )
+
+
+def _given(config: PlanConfig) -> tuple[Task, Method | None, PlanOverrides]:
+    """What the plan may not choose: the adopted configuration as a whole, or what the run's configuration names.
+
+    Raises:
+        ConfigurationError: no such configuration was kept, or a name is none of those allowed.
+        ArtifactError: it was altered since.
+    """
+    if config.adopt_trial:
+        trial = read_configuration(SETTINGS.layout.configurations, config.adopt_trial)
+        method, overrides = as_overrides(trial)
+        return trial.task, method, overrides
+    given = config.model_dump(exclude={"method", "task", "vram_limit_gb", "adopt_trial"})
+    return (
+        choice(Task, "task", config.task),
+        None if config.method is None else choice(Method, "method", config.method),
+        PlanOverrides.model_validate(given),
     )
 
 

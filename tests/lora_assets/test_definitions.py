@@ -135,7 +135,7 @@ def test_a_metadata_table_may_be_empty() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "gpu_steps", "kinds"),
-    [("hf-peft", {"adapter", "eval_report"}, ["huggingface", "pytorch"]), ("h2o", {"eval_report"}, ["h2o"])],
+    [("hf-peft", {"adapter", "eval_report", "drift_report", "work_on_trials"}, ["huggingface", "pytorch"]), ("h2o", {"eval_report", "drift_report"}, ["h2o"])],
 )
 def test_a_gpu_is_asked_for_by_the_steps_that_compute_on_one(
     backend: str, gpu_steps: set[str], kinds: list[str]
@@ -144,7 +144,8 @@ def test_a_gpu_is_asked_for_by_the_steps_that_compute_on_one(
 import json
 from lora_assets.assets.training import adapter
 from lora_assets.definitions import defs
-steps = {node.name: node.definition for node in defs.resolve_job_def("train_and_export").graph.nodes}
+jobs = defs.resolve_all_job_defs()
+steps = {op.name: op for job in jobs for op in job.all_node_defs if hasattr(op, "pool")}
 print(json.dumps({name.removeprefix("brain__"): [dict(op.tags), op.pool] for name, op in steps.items()}))
 print(json.dumps(sorted(next(iter(adapter.specs)).kinds)))
 """
