@@ -135,7 +135,10 @@ def test_a_metadata_table_may_be_empty() -> None:
 
 @pytest.mark.parametrize(
     ("backend", "gpu_steps", "kinds"),
-    [("hf-peft", {"adapter", "eval_report", "drift_report", "work_on_trials"}, ["huggingface", "pytorch"]), ("h2o", {"eval_report", "drift_report"}, ["h2o"])],
+    [
+        ("hf-peft", {"adapter", "eval_report", "drift_report", "work_on_trials"}, ["huggingface", "pytorch"]),
+        ("h2o", {"eval_report", "drift_report"}, ["h2o"]),
+    ],
 )
 def test_a_gpu_is_asked_for_by_the_steps_that_compute_on_one(
     backend: str, gpu_steps: set[str], kinds: list[str]
