@@ -482,7 +482,7 @@ def load_settings() -> Settings:
     except ValidationError as error:
         problems = "; ".join(_describe(problem) for problem in error.errors())
         raise ConfigurationError(
-            problems, where="environment", remedy="The README has a table of all variables"
+            problems, where="environment", remedy="docs/settings.md has a table of all variables"
         ) from error
 
 
