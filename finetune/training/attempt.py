@@ -26,7 +26,7 @@ from finetune.training.monitor import Monitor, stop_on_sigterm
 from finetune.training.ownership import StillMine, refuse_if_taken_over
 from finetune.training.plots import loss_curve_png
 from finetune.training.ranks import rank, world_size
-from finetune.training.reporting import failure_reported
+from finetune.training.reporting import tracked_run
 from finetune.training.trainer import PISSA_START, make_trainer
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _attempt(
         if main
         else nullcontext() as writer,
         stop_on_sigterm() as stop,
-        failure_reported(request.report_to),
+        tracked_run(request.report_to),
         warnings.catch_warnings(),
     ):
         # TRL's own use of names that transformers renames: nothing that a reader could act on.

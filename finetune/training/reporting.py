@@ -27,17 +27,22 @@ def refuse_missing_tracker(tracker: Tracker) -> None:
 
 
 @contextmanager
-def failure_reported(tracker: Tracker) -> Iterator[None]:
-    """End the tracker's run as failed if the block fails: left open, it would swallow the next attempt's figures."""
+def tracked_run(tracker: Tracker) -> Iterator[None]:
+    """End the tracker's run with the block, as failed if it fails: left open, it would swallow the next one's figures."""
     try:
         yield
     except BaseException:
-        if tracker == "mlflow":
-            import mlflow
-
-            mlflow.end_run("FAILED")
-        elif tracker == "wandb":
-            import wandb
-
-            wandb.finish(exit_code=1)
+        _end(tracker, failed=True)
         raise
+    _end(tracker, failed=False)
+
+
+def _end(tracker: Tracker, *, failed: bool) -> None:
+    if tracker == "mlflow":
+        import mlflow
+
+        mlflow.end_run("FAILED" if failed else "FINISHED")
+    elif tracker == "wandb":
+        import wandb
+
+        wandb.finish(exit_code=int(failed))
