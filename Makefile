@@ -26,8 +26,8 @@ setup: .venv/.installed ## Make .venv with everything in it (2 to 4 minutes, onc
 demo: .venv/.installed ## Run the whole loop on examples/exports (data lands in ./data/demo)
 	@$(BIN)/lora-assets demo
 
-test: check ## All checks and all tests, two at a time
-	@$(BIN)/pytest -n 2 --dist loadfile
+test: check ## All checks and all tests, three at a time, as many of them wait
+	@$(BIN)/pytest -n 3 --dist loadfile
 
 drills: .venv/.installed ## Break a cluster in every way, in the middle of a training (half an hour)
 	@$(BIN)/pytest -m drill -s tests/kubernetes

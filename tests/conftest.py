@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests decide for themselves what is in the environment.
 for name in ("BASE_MODEL_NAME", "DATABASE_URL", "DATA_ROOT", "TRAINING_BACKEND", "DAGSTER_HOME", "OLLAMA_HOST"):
     os.environ.pop(name, None)
+
+# What a shell runs in the background ignores Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # What these make for a whole session takes longer than their tests: on one worker it is made once.
