@@ -28,7 +28,7 @@ def refuse_missing_tracker(tracker: Tracker) -> None:
 
 @contextmanager
 def tracked_run(tracker: Tracker) -> Iterator[None]:
-    """End the tracker's run with the block, as failed if it fails: left open, it would swallow the next one's figures."""
+    """End the tracker's run with the block, as failed if it fails: one left open swallows the next one's figures."""
     try:
         yield
     except BaseException:
