@@ -1,6 +1,6 @@
 """The composition root: what exists, how it is made, when it runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -75,22 +75,33 @@ def cancel_rows(settings: Settings, dagster_run_id: str, reason: str) -> list[Tr
         ConfigurationError: the training server cannot be used as configured.
     """
     closed = close_rows(settings, dagster_run_id, reason)
+    cancel_experiments(settings, closed)
+    return closed
+
+
+def cancel_experiments(settings: Settings, rows: Sequence[TrainingRun]) -> None:
+    """Cancel the experiments that run elsewhere for rows that were closed.
+
+    Raises:
+        RemoteError: the training server stays away.
+        ConfigurationError: the training server cannot be used as configured.
+    """
     trainer = build_trainer(settings).process_config_and_initialize()
-    for row in closed:
+    for row in rows:
         if row.backend == trainer.backend and row.training_run_id:
             trainer.cancel(row.training_run_id, settings.layout.work(row.training_run_id))
-    return closed
 
 
 def close_what_was_killed(settings: Settings, instance: dg.DagsterInstance) -> list[str]:
     """End the runs and rows that killed processes left behind; returns what they were, for a person to read.
 
     Raises:
-        RemoteError: the database stays away.
+        RemoteError: the database, or the training server of a cancelled run, stays away.
     """
     closed = [f"run {run_id}" for run_id in fail_dead_runs(instance)]
     with open_run_log(settings) as run_log:
-        return closed + [f"row {row.id}" for row in reconcile(settings, instance, run_log)]
+        cancel = partial(cancel_experiments, settings)
+        return closed + [f"row {row.id}" for row in reconcile(settings, instance, run_log, cancel)]
 
 
 def build_trainer(settings: Settings) -> LoraTrainer:

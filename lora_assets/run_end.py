@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -15,6 +15,7 @@ from lora_assets.outcome import failed_checks, failed_steps
 from lora_assets.settings import Settings, load_settings
 from resources.alerts import Alert, Alerts
 from resources.run_log import RunLog, TrainingRun
+from sensors.run_failure import CANCELLED
 
 _logger = logging.getLogger(__name__)
 
@@ -103,10 +104,21 @@ def alerts_of(instance: dg.DagsterInstance, run: dg.DagsterRun) -> list[Alert]:
     return alerts
 
 
-def reconcile(settings: Settings, instance: dg.DagsterInstance, run_log: RunLog) -> list[TrainingRun]:
+def reconcile(
+    settings: Settings,
+    instance: dg.DagsterInstance,
+    run_log: RunLog,
+    cancel: Callable[[Sequence[TrainingRun]], None],
+) -> list[TrainingRun]:
     """Close the rows of processes that were killed along with whoever would have noticed.
 
     These are rows whose Dagster run is over here, and rows whose lease nobody renews.
+
+    Args:
+        settings: in force.
+        instance: whose runs they may be.
+        run_log: whose rows are looked at.
+        cancel: cancels what runs elsewhere for closed rows: the sensor of cancelled runs finds these closed.
 
     Returns:
         The rows that were closed.
@@ -116,6 +128,8 @@ def reconcile(settings: Settings, instance: dg.DagsterInstance, run_log: RunLog)
         run = instance.get_run_by_id(row.dagster_run_id) if row.dagster_run_id else None
         if run is None or run.tags.get(_WILL_RETRY) != "true":
             _tell_of_row(settings, row)
+        if run is not None and run.status == dg.DagsterRunStatus.CANCELED:
+            cancel([row])
     return closed
 
 
@@ -188,7 +202,9 @@ def _command(run: dg.DagsterRun) -> str:
 def _why_over(instance: dg.DagsterInstance, run_id: str) -> str | None:
     """Why nobody works on a run any more; None where somebody may, or where its history is not here."""
     run = instance.get_run_by_id(run_id)
-    return f"its Dagster run ended as {run.status.value}" if run and run.is_finished else None
+    if run is None or not run.is_finished:
+        return None
+    return CANCELLED if run.status == dg.DagsterRunStatus.CANCELED else f"its Dagster run ended as {run.status.value}"
 
 
 def _is_dead(instance: dg.DagsterInstance, run_id: str) -> bool:

@@ -11,6 +11,8 @@ Report = Callable[[dg.DagsterInstance, dg.DagsterRun], None]
 # Closes what was left behind by processes that were killed along with whoever would have noticed; returns what it was.
 Reconcile = Callable[[dg.DagsterInstance], list[str]]
 
+# Why the rows of a cancelled run are closed.
+CANCELLED = "the run was cancelled"
 _INTERVAL_SECONDS = 10
 _RECONCILIATION_SECONDS = 60
 
@@ -59,7 +61,7 @@ def build_cancellation_sensor(close_rows: CloseRows) -> dg.SensorDefinition:
     )
     def run_log_closes_cancelled_runs(context: dg.RunStatusSensorContext) -> None:
         run_id = context.dagster_run.run_id
-        if closed := close_rows(run_id, "the run was cancelled"):
+        if closed := close_rows(run_id, CANCELLED):
             context.log.info(f"closed rows {closed} of the cancelled run {run_id}")
 
     return run_log_closes_cancelled_runs

@@ -38,6 +38,7 @@ from resources.base_model import BaseModelSource
 from resources.retries import no_retry_if_permanent
 from resources.run_log import RunLog
 from resources.trainer import LoraTrainer
+from sensors.run_failure import CANCELLED
 
 # Time between two looks at a running training that stay on its asset.
 SECONDS_BETWEEN_OBSERVATIONS = 30.0
@@ -302,7 +303,7 @@ def _train_recorded(
             run = context.instance.get_run_by_id(context.run.run_id)
             # Any other interrupt (a drained node) is followed by an attempt that finds the experiment again.
             if run and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
-                run_log.fail(row.id, f"the run was cancelled{_cancel(trainer, request)}")
+                run_log.fail(row.id, f"{CANCELLED}{_cancel(trainer, request)}")
             else:
                 run_log.fail(row.id, "the step was interrupted")
             if run and TAGS.items() <= run.tags.items():

@@ -177,16 +177,16 @@ def test_terminating_the_run_cancels_the_experiment(site: Site, running: str) ->
     assert (row["status"], row["error_message"]) == ("FAILED", "the run was cancelled; its experiment was cancelled")
 
 
-def test_a_run_cancelled_when_its_step_is_dead_is_closed_and_its_experiment_cancelled_by_the_sensor(
+def test_a_run_cancelled_when_its_step_is_dead_is_closed_and_its_experiment_cancelled_by_a_sensor(
     site: Site, running: str
 ) -> None:
     run = site.launch(2, "training_plan", "adapter")
     os.kill(site.row()["pid"], signal.SIGKILL)
-    site.terminate(run, "MARK_AS_CANCELED_IMMEDIATELY")
-    assert site.run(run)["status"] == "CANCELED"
     row = site.row()
     assert (row["status"], row["dagster_run_id"]) == ("RUNNING", run), "nobody was left to close it"
-    site.dev.wait("the sensor's tick", lambda: site.row()["status"] != "RUNNING", 90)
+    site.terminate(run, "MARK_AS_CANCELED_IMMEDIATELY")
+    assert site.run(run)["status"] == "CANCELED"
+    site.dev.wait("a sensor's tick", lambda: site.row()["status"] != "RUNNING", 90)
     row = site.row()
     assert (row["status"], row["error_message"]) == ("FAILED", "the run was cancelled")
     site.dev.wait("the cancellation", lambda: site.server.experiments["exp/2"]["status"] == "stopped", 30)

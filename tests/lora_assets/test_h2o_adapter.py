@@ -21,7 +21,9 @@ from finetune.base_model.models import BaseModelRef
 from finetune.layout import DataLayout
 from finetune.publishing import read_manifest
 from lora_assets.cli.demo import DEMO_SETTINGS, EXAMPLES
+from lora_assets.definitions import cancel_rows, close_what_was_killed
 from lora_assets.logs import TAGS
+from lora_assets.settings import load_settings
 from resources.postgres import EmbeddedPostgres
 from resources.run_log import RunLog, TrainingRun
 from tests.resources.h2o_server import KEY, Fault, H2OServer, Handler, adapter_files, archive, resets, says
@@ -69,6 +71,7 @@ class Site:
     server: H2OServer
     process: subprocess.Popen[str]
     database: str
+    environment: dict[str, str]
     seed: int = 0
 
     def start(self, *assets: str, **tags: str) -> tuple[str, int]:
@@ -113,24 +116,25 @@ def site(tiny_model: BaseModelRef) -> Iterator[Site]:
             (layout.exports / file.name).write_bytes(file.read_bytes())
         postgres, server = EmbeddedPostgres(Path(short) / "pg"), H2OServer()
         server.archive = archive(adapter_files(rank=16))
+        environment = {
+            **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
+            **DEMO_SETTINGS,
+            "DATA_ROOT": str(root),
+            "DAGSTER_HOME": str(home),
+            "DATABASE_URL": postgres.url,
+            "TRAINING_BACKEND": "h2o",
+            "H2O_API_URL": server.url,
+            "H2O_API_KEY": KEY,
+            "H2O_TIMING": json.dumps({**FAST, "stalled": 0.5}),
+        }
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={
-                **{name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ},
-                **DEMO_SETTINGS,
-                "DATA_ROOT": str(root),
-                "DAGSTER_HOME": str(home),
-                "DATABASE_URL": postgres.url,
-                "TRAINING_BACKEND": "h2o",
-                "H2O_API_URL": server.url,
-                "H2O_API_KEY": KEY,
-                "H2O_TIMING": json.dumps({**FAST, "stalled": 0.5}),
-            },
+            env=environment,
         )
-        site = Site(root, server, process, postgres.url)
+        site = Site(root, server, process, postgres.url, environment)
         _, code = site.run("merged_dataset", "dataset_profile")
         assert code == 0
         yield site
@@ -359,6 +363,36 @@ def test_a_cancelled_run_says_what_became_of_its_experiment(site: Site, faults: 
     assert row.status == "FAILED"
     assert (row.error_message or "").startswith(said)
     assert (site.server.experiments["exp/1"]["status"] == "stopped") == (not faults)
+
+
+def test_what_finds_a_killed_run_first_cancels_the_experiment_of_one_that_was_cancelled(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in site.environment.items():
+        monkeypatch.setenv(name, value)
+    polled = threading.Event()
+    site.server.faults["poll"] = [lambda handler: polled.set() or False]
+    site.server.total_steps = 100_000
+    try:
+        run_id, pid = site.start("training_plan", "adapter")
+        assert polled.wait(60)
+        os.kill(pid, signal.SIGKILL)
+        assert site.end() == -signal.SIGKILL
+    finally:
+        site.server.total_steps = 4
+    row = site.rows()[0]
+    assert row.status == "RUNNING"
+    with instance_of(site) as instance:
+        run = instance.get_run_by_id(run_id)
+        assert run is not None
+        instance.report_run_canceled(run)
+        assert "cancel" not in site.server.calls
+        assert close_what_was_killed(load_settings(), instance) == [f"row {row.id}"]
+    assert site.server.experiments["exp/1"]["status"] == "stopped"
+    closed = site.rows()[0]
+    assert (closed.id, closed.status, closed.error_message) == (row.id, "FAILED", "the run was cancelled")
+    assert cancel_rows(load_settings(), run_id, "the run was cancelled") == [], "nothing is left to the sensor"
+    assert site.server.calls.count("cancel") == 1
 
 
 def test_the_key_is_in_nothing_that_any_of_these_runs_wrote(site: Site) -> None:
