@@ -10,10 +10,16 @@ from unicodedata import normalize
 
 from finetune.dataset.rules import Turn
 
+_AS_SPACES = bytes.maketrans(b"\t\n\r\x0b\x0c", b" " * 5)
+
 
 def normalized(text: str) -> bytes:
     """The text in NFC as UTF-8, with white space folded."""
-    return b" ".join(_composed(text).split())
+    folded = (text if text.isascii() else normalize("NFC", text)).encode().translate(_AS_SPACES)
+    # Most texts have few runs: to halve them as often as need be takes a tenth of the time of splitting at each space.
+    while b"  " in folded:
+        folded = folded.replace(b"  ", b" ")
+    return folded.strip(b" ")
 
 
 def content_key(turns: list[Turn]) -> tuple[bytes, bytes]:
@@ -22,20 +28,13 @@ def content_key(turns: list[Turn]) -> tuple[bytes, bytes]:
     The content is role and text of all turns, whatever the record's format; NUL, which no record may
     hold, stands between them. The prompt is the first user turn, or all of a plain text.
     """
-    content = b" ".join(_composed("\0".join([part for turn in turns for part in turn])).split())
-    parts = content.split(b"\0")
-    if b" \0" in content or b"\0 " in content:
-        parts = [part.strip() for part in parts]
-    return key_of_parts(turns, parts)
-
-
-def key_of_parts(turns: list[Turn], parts: list[bytes]) -> tuple[bytes, bytes]:
-    """`content_key` of turns whose roles and texts, one after the other, are normalised."""
-    asked = 0
-    while turns[asked][0] not in ("user", "text"):
-        asked += 1
-    return b"\0".join(parts), parts[2 * asked + 1]
-
-
-def _composed(text: str) -> bytes:
-    return (text if text.isascii() else normalize("NFC", text)).encode()
+    content = normalized("\0".join([part for turn in turns for part in turn]))
+    content = content.replace(b" \0", b"\0").replace(b"\0 ", b"\0")
+    start = 0
+    for role, _ in turns:
+        start += len(role) + 1
+        if role in ("user", "text"):
+            break
+        start = content.index(b"\0", start) + 1
+    end = content.find(b"\0", start)
+    return content, content[start:] if end < 0 else content[start:end]

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -21,11 +20,10 @@ from hypothesis import strategies as st
 from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import PreparedDataset
 from finetune.dataset.normalization import content_key, normalized
-from finetune.dataset.outlines import _beyond_ascii, outlined
 from finetune.dataset.prepare import PrepareParameters, prepare_dataset
 from finetune.dataset.records import as_messages, prompt_text
 from finetune.dataset.rules import RejectedError, checked_turns
-from finetune.dataset.scan import Limits, _examine, _read_outline, _suspects, loads
+from finetune.dataset.scan import Limits, _examine, _parse, _suspects
 from finetune.errors import DatasetError
 from finetune.layout import DataLayout
 
@@ -36,10 +34,7 @@ PARAMETERS = PrepareParameters(eval_fraction=0.5, max_line_bytes=LIMITS.max_line
 FAST = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 # Few different words, so that prompts and contents meet again; some that normalise to one.
-words = ["a", "b", "a b", "a  b ", "їжа", " їжа", "é", "e\u0301", "\u2028", "😀", "x" * 700, "", " "]
-# Long ones are read in another way than short ones, unless they are hard to read.
-longer = [f"{word}{between}{word}" for word in words for between in ("\n" * 99, " \n" + "ж" * 99 + '\t"', "\\" * 99)]
-texts = st.sampled_from(words + longer)
+texts = st.sampled_from(["a", "b", "a b", "a \t b ", "їжа", " їжа", "é", "e\u0301", "\u2028", "😀", "x" * 700, "", " "])
 turns = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system", "bot"]), "content": texts})
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -199,63 +194,46 @@ def reference(line: bytes) -> list[tuple[str, str]] | None:
         return None
 
 
-# The shortest that leaves names of fields and roles where they are, so that most lines have something taken out.
-SHORTEST = 13
-Keys = tuple[bytes, bytes]
-
-
-def keys_of(turns: list[tuple[str, str]] | None) -> Keys | None:
-    return None if turns is None else content_key(turns)
-
-
-def in_outline(lines: list[bytes]) -> list[Keys | None]:
-    """What is hashed of each line, if it can be read in outline: None where it is left to slower ways, or refused."""
-    outlines, texts = outlined(b"".join(line + b"\n" for line in lines), SHORTEST)
-    assert len(outlines) == len(lines)
-    found: list[Keys | None] = []
-    for outline in outlines:
-        try:
-            found.append(_read_outline(outline, texts, LIMITS) if outline else None)
-        except ValueError:
-            found.append(None)
-    return [keys if len(line) <= LIMITS.max_line_bytes else None for keys, line in zip(found, lines, strict=True)]
-
-
-def suspects(lines: list[bytes]) -> frozenset[int]:
-    characters = np.frombuffer(b"".join(line + b"\n" for line in lines), np.uint8)
-    ends = np.cumsum([len(line) + 1 for line in lines]) - 1
-    return _suspects(characters, np.append(0, ends[:-1] + 1), ends, LIMITS)
-
-
-def whole_and_exact(line: bytes) -> tuple[list[tuple[str, str]] | None, list[tuple[str, str]] | None]:
+def fast_and_exact(line: bytes) -> tuple[list[tuple[str, str]] | None, list[tuple[str, str]] | None]:
     try:
-        whole = checked_turns(loads(line, LIMITS) if suspects([line]) else orjson.loads(line))
+        fast = _parse(line, bool(_suspects(line, [line], LIMITS)), LIMITS)
     except ValueError:
-        whole = None
+        fast = None
     try:
         exact = _examine(line, len(line), True, LIMITS)
     except RejectedError:
         exact = None
-    return whole, exact
+    return fast, exact
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.text(alphabet="ab e\u0301\u2003 \t\n\r\x0b\x0c", max_size=20), min_size=1, max_size=4))
+def test_white_space_is_folded_in_each_text_and_dropped_at_its_ends(contents: list[str]) -> None:
+    folded = [b" ".join(unicodedata.normalize("NFC", content).encode().split()) for content in contents]
+    turns = [("assistant", contents[0]), *(("user", content) for content in contents)]
+    parts = [
+        part for (role, _), text in zip(turns, [folded[0], *folded], strict=True) for part in (role.encode(), text)
+    ]
+
+    assert list(map(normalized, contents)) == folded
+    assert content_key(turns) == (b"\0".join(parts), folded[0])
 
 
 @settings(max_examples=300, deadline=None)
 @given(json_lines())
 def test_fast_and_exact_parsers_accept_what_the_reference_accepts(line: bytes) -> None:
-    whole, exact = whole_and_exact(line)
+    fast, exact = fast_and_exact(line)
 
-    assert whole == exact == reference(line)
-    assert in_outline([line])[0] in (None, keys_of(exact))
+    assert fast == exact == reference(line)
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet='{}[]",:\\u0d8cfeE+-.19tns \r\té\0', max_size=30), st.booleans())
 def test_parsers_agree_on_lines_made_of_json_and_noise(noise: str, within: bool) -> None:
     line = (f'{{"text":"{noise}"}}' if within else noise).encode()
-    whole, exact = whole_and_exact(line)
+    fast, exact = fast_and_exact(line)
 
-    assert whole == exact == reference(line)
-    assert in_outline([line])[0] in (None, keys_of(exact))
+    assert fast == exact == reference(line)
 
 
 SEEDS = [
@@ -299,86 +277,24 @@ def test_parsers_agree_on_lines_with_bytes_changed() -> None:
     accepted = 0
     for _ in range(15_000):
         line = mutated(chance, seeds)
-        whole, exact = whole_and_exact(line)
+        fast, exact = fast_and_exact(line)
         assert exact == reference(line), line
-        # The faster way may leave an escaped backslash before u0000 to the exact one, and nothing else.
-        assert whole == exact or (whole is None and b"\\\\u0000" in line), line
+        # The fast way may leave an escaped backslash before u0000 to the exact one, and nothing else.
+        assert fast == exact or (fast is None and b"\\\\u0000" in line), line
         accepted += exact is not None
     # Otherwise the mutations are too gentle, or too rough, to tell anything.
     assert 1000 < accepted < 10_000
 
 
-PLAIN = [
-    '{"instruction":"Кафе їжа, що це?","input":"","output":"Так,\\n\\n  \\"це\\"\\tвона \\\\n","id":1.5e3}',
-    '{"instruction":"What is this thing?","context":"Some more of it: [[[{{{","output":"An answer \\/ that is long"}\r',
-    '{"messages":[{"role":"user","content":"  a question 😀 — «?»"},{"role":"assistant","content":"lo\u0301ng"}]}',
-    '{"text":"\u3000\u2003 \u00a0 \u2003","text":"replaced \u2003 by another","n":12}',
-    '{"conversations":[{"from":"human","value":"ґанок ґанок \u0483 ґанок"},{"from":"gpt","value":"Ελλάδα 한국어"}]}',
-]
-
-
-def test_lines_in_outline_are_hashed_as_the_reference_reads_them_or_left_whole() -> None:
-    chance = random.Random(22)
-    seeds = [line.encode() for line in PLAIN]
-    lines = seeds + [mutated(chance, seeds) if chance.random() < 0.95 else b"" for _ in range(8000)]
-    found = in_outline(lines)
-    expected = [keys_of(reference(line)) for line in lines]
-
-    for line, keys, wanted in zip(lines, found, expected, strict=True):
-        assert keys in (None, wanted), line
-    good = sum(keys is not None for keys in expected)
-    # Most of what is a record is read fast, and the mutations leave both kinds.
-    assert 1000 < good < 6000
-    assert 0.8 * good < sum(keys is not None for keys in found) < good
-    # What stands beside a line has no part in it.
-    for number in range(0, len(lines), 7):
-        assert in_outline([lines[number]]) == [found[number]]
-
-
-def test_lines_are_suspected_side_by_side_as_they_are_alone() -> None:
+@pytest.mark.parametrize("end", [b"", b"\n"])
+def test_lines_are_suspected_side_by_side_as_they_are_alone(end: bytes) -> None:
     chance = random.Random(22)
     seeds = [line.encode() for line in SEEDS]
     lines = [mutated(chance, seeds) if chance.random() < 0.9 else b"" for _ in range(3000)]
-    alone = {number for number, line in enumerate(lines) if suspects([line])}
+    alone = {number for number, line in enumerate(lines) if _suspects(line, [line], LIMITS)}
 
-    assert suspects(lines) == alone
+    assert _suspects(b"\n".join(lines) + end, lines, LIMITS) == alone
     assert 100 < len(alone) < 2900
-
-
-def test_bytes_that_are_no_utf8_are_found_wherever_they_stand() -> None:
-    chance = random.Random(23)
-    characters = "aяґ中😀\u0800\uffff\U0010ffff\x80߿\ud7ff\ue000"
-    refused = 0
-    for _ in range(10_000):
-        text = bytearray("".join(chance.choices(characters, k=4)).encode())
-        for _ in range(chance.choice((0, 1, 2))):
-            text[chance.randrange(len(text))] = chance.choice(SPECIAL + bytes(range(0xBE, 0x100)))
-        invalid, _ = _beyond_ascii(np.frombuffer(bytes(text) + b"\n", np.uint8))
-        try:
-            text.decode()
-        except UnicodeDecodeError:
-            refused += 1
-            assert len(invalid), text
-        else:
-            assert not len(invalid), text
-    assert 2500 < refused < 7500
-
-
-def test_no_character_that_is_taken_for_composed_changes_in_nfc_or_changes_its_neighbours() -> None:
-    every = [chr(code) for code in range(0x80, 0x110000) if not 0xD800 <= code < 0xE000]
-    text = "".join(every).encode() + b"\n"
-    _, changing = _beyond_ascii(np.frombuffer(text, np.uint8))
-    passed_over = {at for at, byte in enumerate(text) if byte >= 0xC0} - set(changing.tolist())
-    stable = [chr(code) for code in (ord(text[at : at + 4].decode(errors="ignore")[0]) for at in sorted(passed_over))]
-
-    assert len(stable) > 1000
-    assert {"é", "ї", "ґ", "—", "😀"} < set(stable)
-    # A character that joins one before it is not certain to be composed, even alone.
-    for character in stable:
-        assert unicodedata.normalize("NFC", character) == character
-        assert not unicodedata.combining(character)
-        assert all(unicodedata.is_normalized("NFC", before + character) for before in "aAeEoOiIuUyYnсиИіІ")
-    assert set("\u0301\u0308\u0483\u1161") <= set(every) - set(stable)
 
 
 def test_no_bytes_whatsoever_crash_a_preparation_or_lose_a_line(prepare: Any) -> None:
