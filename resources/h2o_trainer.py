@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import Field
 
-from finetune.errors import RemoteError, TrainingError
+from finetune.errors import ConfigurationError, RemoteError, TrainingError
 from finetune.progress import Progress, ProgressEvent, ignore_progress
 from finetune.publishing import is_complete, sha256_file
 from finetune.training.models import TrainingRequest, TrainingResult
@@ -55,7 +55,8 @@ class H2OTrainer(LoraTrainer):
         """Upload, create, wait, fetch, publish; each only if it has not been done.
 
         Raises:
-            ConfigurationError: the address, the key, the certificate or a name of the protocol is wrong.
+            ConfigurationError: the address, the key, the certificate or a name of the protocol is wrong, or the
+                training shall start from an adapter.
             TrainingError: the server refuses, or the experiment failed, was stopped, vanished or stalled,
                 or what it delivered is no safe adapter.
             RemoteError: the server stayed away longer than the retry budget.
@@ -63,6 +64,12 @@ class H2OTrainer(LoraTrainer):
         """
         if is_complete(request.adapter_dir):
             return published_result(request.adapter_dir)
+        if request.init_adapter is not None:
+            raise ConfigurationError(
+                f"the H2O server cannot start a training from an adapter ({request.init_adapter.run_id})",
+                where=f"the training {request.run_id}",
+                remedy="Train with TRAINING_BACKEND=hf-peft, or with INIT_FROM=base",
+            )
         begun = time.monotonic()
         work = request.work_dir
         work.mkdir(parents=True, exist_ok=True)

@@ -177,6 +177,7 @@ def _publish(
             "base_model": request.base_model.model_dump(exclude={"path"}, mode="json"),
             "records": len(data),
             "truncated_records": data.truncated,
+            **({"init_adapter": init.model_dump(exclude={"path"})} if (init := request.init_adapter) else {}),
         }
         staging.parameters = trial.model_dump()
         staging.results = result.model_dump(mode="json", exclude={"adapter_path"})

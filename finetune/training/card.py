@@ -53,7 +53,8 @@ model = PeftModel.from_pretrained(base, "path/to/this/directory")
 ## Data
 
 Dataset `{request.dataset.fingerprint}`: {counts.train} records for training, {counts.eval} held out, \
-{counts.rejected} rejected, {counts.duplicates} duplicates dropped. The loss counts the assistant's side alone.
+{counts.rejected} rejected, {counts.duplicates} duplicates dropped. The loss counts the assistant's side alone.\
+{_start(request)}
 
 ## Results
 
@@ -73,6 +74,11 @@ Dataset `{request.dataset.fingerprint}`: {counts.train} records for training, {c
 | --- | --- |
 {parameters}
 """
+
+
+def _start(request: TrainingRequest) -> str:
+    init = request.init_adapter
+    return f" Training began with the weights of `{init.run_id}` (adapter `{init.adapter_hash[:16]}`)." if init else ""
 
 
 def _vllm(base: str, run_id: str, config: Mapping[str, Any]) -> str:

@@ -11,7 +11,13 @@ CODE_VERSION = 2
 
 
 def training_run_id(
-    *, date: str, dataset_fingerprint: str, trial: TrialConfig, base_model: BaseModelRef, backend: str
+    *,
+    date: str,
+    dataset_fingerprint: str,
+    trial: TrialConfig,
+    base_model: BaseModelRef,
+    backend: str,
+    init_adapter: str | None = None,
 ) -> str:
     """A short stable id, such as ``20260601-1a2b3c4d5e``: the date, and a hash of all that decides the adapter.
 
@@ -24,6 +30,7 @@ def training_run_id(
         trial: the configuration; its own name does not matter.
         base_model: its fingerprint and revision matter, its path does not.
         backend: ``hf-peft`` or ``h2o``.
+        init_adapter: hash of the adapter that the training begins with, if it begins with one.
     """
     digest = sha256_json(
         {
@@ -33,6 +40,7 @@ def training_run_id(
             "trial": trial.model_dump(exclude={"trial_id"}),
             "base_model": [base_model.name, base_model.revision, base_model.fingerprint],
             "backend": backend,
+            **({} if init_adapter is None else {"init_adapter": init_adapter}),
         }
     )
     return f"{date.replace('-', '')}-{digest[:10]}"

@@ -73,6 +73,17 @@ class Nodes(BaseModel):
     master_port: int = 29500
 
 
+class InitAdapter(BaseModel):
+    """An adapter in PEFT's layout whose weights a training begins with, in the place of fresh ones."""
+
+    model_config = ConfigDict(frozen=True)
+
+    path: Path
+    # the training that made it
+    run_id: str
+    adapter_hash: str
+
+
 class TrainingRequest(BaseModel):
     """Everything a trainer needs, local or remote."""
 
@@ -86,6 +97,8 @@ class TrainingRequest(BaseModel):
     # where the adapter is published, and where checkpoints live meanwhile
     adapter_dir: Path
     work_dir: Path
+    # None begins with fresh weights; the optimizer is fresh either way
+    init_adapter: InitAdapter | None = None
     # seconds between checkpoints; 0 takes one after every optimizer step
     checkpoint_seconds: float = 120.0
     # a checkpoint of the same training to go on from, unless the work directory holds a newer one

@@ -11,7 +11,7 @@ from finetune.errors import DatasetError
 from finetune.planning.models import TrainingPlan
 from finetune.publishing import sha256_file, temporary_sibling
 from finetune.training.identity import training_run_id
-from finetune.training.models import Nodes, Sharding, TrainingRequest
+from finetune.training.models import InitAdapter, Nodes, Sharding, TrainingRequest
 from finetune.training.reporting import Tracker
 
 
@@ -26,6 +26,7 @@ def request_for_file(
     processes: int | None = None,
     sharding: Sharding = "ddp",
     nodes: Nodes | None = None,
+    init_adapter: InitAdapter | None = None,
 ) -> TrainingRequest:
     """A request to train on a file of records; its work directory lies in the hidden sibling ``.<output>.work``.
 
@@ -43,6 +44,7 @@ def request_for_file(
         trial=plan.trial_config,
         base_model=base_model,
         backend="hf-peft",
+        init_adapter=init_adapter.adapter_hash if init_adapter else None,
     )
     # A training of its own for each plan: none goes on from another one's checkpoint.
     work = output.with_name(f".{output.name}.work") / run_id
@@ -72,6 +74,7 @@ def request_for_file(
         base_model=base_model,
         adapter_dir=output,
         work_dir=work,
+        init_adapter=init_adapter,
         resume_from=resume_from,
         report_to=report_to,
         processes=processes,

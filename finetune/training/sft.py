@@ -14,6 +14,7 @@ from finetune.training.adapters import refuse_missing_hardware, refuse_unshardab
 from finetune.training.attempt import BACKEND, KIND, read_records, train_share
 from finetune.training.data import training_order
 from finetune.training.disk import any_full_disk_named
+from finetune.training.init_adapter import refuse_unfit_start
 from finetune.training.memory import note_out_of_memory, too_large_micro_batches
 from finetune.training.models import TrainingRequest, TrainingResult
 from finetune.training.ownership import StillMine, always_mine
@@ -26,7 +27,8 @@ def dry_run(request: TrainingRequest) -> TrainingResult:
 
     Raises:
         ConfigurationError: the plan's method is not trained, its choices exclude each other, or it names modules that
-            the model lacks.
+            the model lacks, or the adapter to start from is another than the plan's.
+        ArtifactError: the adapter to start from is missing, damaged, or not the one that the request names.
         BaseModelError: the configuration or the tokenizer is missing or damaged.
         TrainingError: records have nothing to learn from.
     """
@@ -35,6 +37,7 @@ def dry_run(request: TrainingRequest) -> TrainingResult:
     shape = read_model_shape(request.base_model.path)
     shape.targets(trial.target_modules)
     refuse_contradictions(trial, shape)
+    refuse_unfit_start(request)
     data = read_records(request)
     order = training_order(data.lengths, trial)
     return TrainingResult(
@@ -66,7 +69,9 @@ def train_adapter(
 
     Raises:
         ConfigurationError: the plan's method needs a GPU or a library that is not there, its choices exclude each
-            other, or `resume_from` is no checkpoint of this training.
+            other, `resume_from` is no checkpoint of this training, or the adapter to start from is another than the
+            plan's.
+        ArtifactError: the adapter to start from is missing, damaged, or not the one that the request names.
         BaseModelError: the base model or its tokenizer is missing or damaged.
         TrainingError: records have nothing to learn from; the loss became NaN or diverged.
         StorageFullError: the disk is full; run again when there is room.
@@ -79,6 +84,7 @@ def train_adapter(
         return _published(request).model_copy(update={"reused": True})
     refuse_missing_hardware(request.plan.trial_config)
     refuse_contradictions(request.plan.trial_config, read_model_shape(request.base_model.path))
+    refuse_unfit_start(request)
     refuse_missing_tracker(request.report_to)
     processes = request.processes or torch.cuda.device_count() or 1
     nodes = request.nodes.count if request.nodes else 1

@@ -9,6 +9,7 @@ from finetune.planning.model_config import read_model_shape
 from finetune.training.adapters import load_base_model, peft_config, save_no_shards, save_pissa_start
 from finetune.training.batches import refuse_leaking_attention, refuse_wrong_labels
 from finetune.training.data import TrainingData
+from finetune.training.init_adapter import load_init_weights
 from finetune.training.models import TrainingRequest
 from finetune.training.monitor import Monitor, callback
 from finetune.training.ranks import rank, world_size
@@ -24,6 +25,7 @@ def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor,
 
     Raises:
         BaseModelError: the base model is missing or damaged.
+        ArtifactError: the adapter to start from is damaged, or does not fit.
         TrainingError: the trainer would learn other tokens than ours, or packed records see each other.
     """
     from peft import get_peft_model
@@ -37,6 +39,8 @@ def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor,
     model = load_base_model(request.base_model, trial, shards=shards)
     set_seed(trial.seed)
     adapted = get_peft_model(model, peft_config(read_model_shape(request.base_model.path), trial))
+    if request.init_adapter is not None:
+        load_init_weights(adapted, request.init_adapter.path)
     if shards > 1:
         save_no_shards(adapted)
     if trial.use_pissa and rank() == 0:

@@ -112,6 +112,9 @@ def train(
     resume_from: Annotated[
         Path | None, typer.Option(help="Checkpoint of the same training elsewhere; its own are found without.")
     ] = None,
+    init_from: Annotated[
+        Path | None, typer.Option(help="Adapter whose weights the training begins with; of the plan's kind and size.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Everything up to loading the model.")] = False,
     nodes: Annotated[int, typer.Option(min=1, envvar="PET_NNODES", help="Machines that train together.")] = 1,
     node_rank: Annotated[int, typer.Option(min=0, envvar="PET_NODE_RANK", help="This machine's number.")] = 0,
@@ -131,6 +134,7 @@ def train(
     from finetune.planning.models import TrainingPlan
     from finetune.planning.overrides import PlanOverrides
     from finetune.planning.plan import make_plan
+    from finetune.training.init_adapter import plan_like, read_init_adapter
     from finetune.training.models import Nodes
     from finetune.training.ownership import hold_output
     from finetune.training.request import request_for_file
@@ -147,7 +151,9 @@ def train(
     if plan is not None:
         chosen = read_model(plan, TrainingPlan)
     else:
-        overrides = PlanOverrides(
+        # What nobody names is as in the adapter to start from.
+        like_method, like = plan_like(init_from) if init_from else (None, PlanOverrides())
+        given = PlanOverrides(
             lora_rank=settings.lora_rank,
             epochs=settings.train_epochs,
             learning_rate=settings.learning_rate,
@@ -164,8 +170,8 @@ def train(
             base.path,
             analyze_path(dataset, format="jsonl", encoder=RecordEncoder.load(base.path)),
             task=settings.training_task,
-            method=method or settings.training_method,
-            overrides=overrides,
+            method=method or settings.training_method or like_method,
+            overrides=like.model_copy(update=given.model_dump(exclude_none=True)),
             vram_limit_gb=settings.vram_limit_gb,
             device=settings.device,
             history=history(settings, base.name, settings.device),
@@ -173,10 +179,12 @@ def train(
             price_per_gpu_hour=settings.gpu_hour_price,
         )
     refuse_above(chosen, settings.max_gpu_hours)
+    init = read_init_adapter(init_from.absolute()) if init_from else None
     if dry_run:
         # What a training keeps beside its output is not for a dry run.
         with tempfile.TemporaryDirectory() as scratch:
-            result = try_out(request_for_file(dataset, plan=chosen, base_model=base, output=Path(scratch) / "adapter"))
+            place = Path(scratch) / "adapter"
+            result = try_out(request_for_file(dataset, plan=chosen, base_model=base, output=place, init_adapter=init))
         if not as_json:
             print_plan(chosen)
             result = result.model_copy(update={"plan": None})
@@ -193,6 +201,7 @@ def train(
             nodes=Nodes(count=nodes, rank=node_rank, master_addr=master_addr, master_port=master_port)
             if nodes > 1
             else None,
+            init_adapter=init,
         )
         # Of several machines the first holds it for all.
         with hold_output(request.adapter_dir) if node_rank == 0 else nullcontext():
