@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune.planning.history import Measurement
 from finetune.training.models import TrainingRequest, TrainingResult
+from resources.run_log import RunLog
 
 LOGGED = {
     "final_loss",
@@ -22,6 +23,27 @@ LOGGED = {
 def logged_figures(result: TrainingResult) -> dict[str, Any]:
     """The figures of its row."""
     return result.model_dump(mode="json", include=LOGGED, exclude_none=True)
+
+
+def settle(run_log: RunLog, request: TrainingRequest, result: TrainingResult, root: str) -> None:
+    """Complete the rows of attempts that were killed between the adapter's publication and their last word.
+
+    Args:
+        run_log: has the rows.
+        request: of the training.
+        result: as published.
+        root: the Dagster run, or the experiment, whose attempts these were.
+    """
+    measurement = measurement_of(request, result)
+    settled = run_log.settle(
+        run_id=request.run_id,
+        adapter_path=request.adapter_dir,
+        metrics=logged_figures(result),
+        dagster_root_run_id=root,
+    )
+    for row_id in settled:
+        if measurement:
+            run_log.measured(row_id, measurement)
 
 
 def measurement_of(request: TrainingRequest, result: TrainingResult) -> Measurement | None:

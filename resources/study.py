@@ -117,7 +117,7 @@ class StudyStore(RunLog):
         with _named():
             study = optuna.load_study(study_name=name, storage=self._optuna(), sampler=optuna.samplers.RandomSampler())
             about = study.user_attrs[_ABOUT]
-        spec = spec_of(about["spec"], where=name)
+        spec = spec_of(about["spec"], ExperimentSpec, where=name)
         study.pruner = pruner_of(spec.strategy, hyperband=spec.hyperband)
         space = {key: Range.model_validate(span) for key, span in about["space"].items()}
         return Experiment(self, study, spec, space, LEASE_SECONDS)

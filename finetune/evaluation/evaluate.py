@@ -15,6 +15,7 @@ from finetune.errors import ArtifactError
 from finetune.evaluation.adapters import check_adapter
 from finetune.evaluation.figures import answer_figures, change_ci95, group_figures, loss_figures
 from finetune.evaluation.heldout import read_heldout, sample_questions
+from finetune.evaluation.losses import write_losses
 from finetune.evaluation.measure import Measured, measure
 from finetune.evaluation.models import ChampionComparison, ChampionRef, EvalReport
 from finetune.evaluation.plots import change_by_record_png, loss_histogram_png
@@ -26,7 +27,7 @@ from finetune.publishing import is_complete, publish_directory, read_manifest, s
 
 _KIND = "evaluation"
 # Part of what decides whether a report can be used again: raise it when figures change their meaning.
-_METHOD = 1
+_METHOD = 2
 
 
 def evaluate_adapter(
@@ -48,8 +49,8 @@ def evaluate_adapter(
 
     The model is loaded once: bare it is the base, then each adapter is put on and taken off. Losses are
     in nats per trained token, summed over all records, with training's own encoding. Publishes
-    ``report.json``, ``report.html`` and the plots; a complete `output_dir` made from the same inputs
-    is used again.
+    ``report.json``, ``report.html``, each record's losses and the plots; a complete `output_dir` made from
+    the same inputs is used again.
 
     Args:
         base_model: the base model.
@@ -135,6 +136,7 @@ def evaluate_adapter(
         staging.inputs, staging.parameters = inputs, parameters
         staging.results = {name: getattr(report, name) for name in ("eval_loss", "base_loss", "delta_vs_base_loss")}
         _write(staging.path, report, measured, base_model, dataset)
+        write_losses(staging.path, held_out, measured)
     return report
 
 

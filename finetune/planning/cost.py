@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from finetune.errors import ConfigurationError
 from finetune.planning.history import Measurement, measured_throughput
@@ -37,6 +37,27 @@ def estimate_cost(
     hours = None if tokens is None else tokens / speed / 3600
     price = None if hours is None or price_per_gpu_hour is None else hours * price_per_gpu_hour
     return CostEstimate(tokens_per_second=speed, throughput=source, gpu_hours=hours, price=price)
+
+
+def gpu_hours(plans: Iterable[TrainingPlan]) -> float | None:
+    """What trainings take together, or None where the time of one is unknown."""
+    hours = [None if plan.cost is None else plan.cost.gpu_hours for plan in plans]
+    return None if None in hours else sum(each for each in hours if each is not None)
+
+
+def refuse_all_above(plans: Sequence[TrainingPlan], max_gpu_hours: float | None) -> None:
+    """Do not let trainings start that are estimated to take longer together than they may; see `refuse_above`.
+
+    Raises:
+        ConfigurationError: with the numbers.
+    """
+    hours = gpu_hours(plans)
+    if max_gpu_hours is not None and hours is not None and hours > max_gpu_hours:
+        raise ConfigurationError(
+            f"{len(plans)} trainings need about {hours:.3g} GPU-hours together and may take {max_gpu_hours:g}",
+            where="MAX_GPU_HOURS",
+            remedy="Raise it, or train fewer of them, fewer epochs, fewer records or a smaller base model",
+        )
 
 
 def refuse_above(plan: TrainingPlan, max_gpu_hours: float | None) -> None:

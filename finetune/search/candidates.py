@@ -17,7 +17,7 @@ from finetune.planning.rules import Device
 from finetune.search.ledger import trials_remaining
 from finetune.search.models import TrialRecord, Value
 from finetune.search.space import joint_space, plain, refuse_bad_space
-from finetune.search.spec import ExperimentSpec
+from finetune.search.spec import ExperimentSpec, TrainingSpec
 from finetune.search.suggest import suggest
 
 
@@ -82,7 +82,7 @@ def experiment_space(spec: ExperimentSpec, bench: Bench) -> dict[str, Range]:
 
 
 def plan_of(
-    spec: ExperimentSpec, bench: Bench, params: Mapping[str, Value], *, method: Method | None = None
+    spec: TrainingSpec, bench: Bench, params: Mapping[str, Any], *, method: Method | None = None
 ) -> TrainingPlan:
     """The plan of one configuration, with its estimates.
 

@@ -85,6 +85,7 @@ def open_study(
         unset = {name: None for name in ("stop_threshold", "stop_patience") if name not in given}
         spec = spec_of(
             {"task": SETTINGS.training_task, **given, **unset, "dataset_date": context.partition_key},
+            ExperimentSpec,
             where="run config",
         )
         bench = _bench(context, merged_dataset, dataset_profile, base_model, weights=False)
@@ -196,7 +197,7 @@ def _bench(
     *,
     weights: bool,
 ) -> Bench:
-    from lora_assets.experiments import bench_of
+    from lora_assets.laboratory import bench_of
 
     return bench_of(SETTINGS, dataset, profile, base_model.resolve(log_progress(context), weights=weights))
 

@@ -32,7 +32,7 @@ from lora_assets.assets.common import (
 )
 from lora_assets.kubernetes import gpu_step
 from lora_assets.logs import TAGS
-from lora_assets.recording import logged_figures, measurement_of
+from lora_assets.recording import logged_figures, measurement_of, settle
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.retries import no_retry_if_permanent
@@ -235,16 +235,7 @@ def _train(
             if not is_complete(request.adapter_dir):
                 return _train_recorded(context, trainer, run_log, request, report, lease.still_mine)
     result = trainer.train(request, on_progress=report, on_external_run=lambda run, url: None)
-    # An attempt that was killed between publication and its last word left its row RUNNING.
-    settled = run_log.settle(
-        run_id=request.run_id,
-        adapter_path=request.adapter_dir,
-        metrics=logged_figures(result),
-        dagster_root_run_id=context.run.get_root_run_id(),
-    )
-    for row_id in settled:
-        if measurement := measurement_of(request, result):
-            run_log.measured(row_id, measurement)
+    settle(run_log, request, result, context.run.get_root_run_id())
     return result
 
 

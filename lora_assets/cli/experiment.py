@@ -44,7 +44,7 @@ def run(
     Limits (trials, budget, threshold, patience) may be changed from run to run. Exits with 75 if trying again later
     may help.
     """
-    chosen = read_spec(spec)
+    chosen = read_spec(spec, ExperimentSpec)
     _run(chosen.model_copy(update={"dry_run": chosen.dry_run or dry_run}), as_json)
 
 
@@ -101,7 +101,8 @@ def _list(experiments: list[Experiment], as_json: bool) -> None:
 
 
 def _run(spec: ExperimentSpec, as_json: bool) -> None:
-    from lora_assets.experiments import conclude, make_bench, open_experiment, open_study, run_worker
+    from lora_assets.experiments import conclude, open_experiment, open_study, run_worker
+    from lora_assets.laboratory import make_bench
 
     settings = load_settings()
     report = progress(as_json)
@@ -149,7 +150,8 @@ def _run_workers(name: str, count: int, quiet: bool) -> None:
 
 def work_alone(name: str, index: int, quiet: bool) -> None:
     """One of several workers, in a process of its own."""
-    from lora_assets.experiments import Opened, make_bench, open_study, own_gpu, run_worker
+    from lora_assets.experiments import Opened, open_study, own_gpu, run_worker
+    from lora_assets.laboratory import make_bench
 
     # A spawned process has none of what the command silenced.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
@@ -172,7 +174,7 @@ def _propose(spec: ExperimentSpec, as_json: bool) -> None:
     from finetune.search.candidates import experiment_space
     from finetune.search.dry_run import dry_run
     from lora_assets.cli.plan import history
-    from lora_assets.experiments import make_bench
+    from lora_assets.laboratory import make_bench
 
     settings = load_settings()
     bench = make_bench(settings, spec, progress(as_json))

@@ -36,12 +36,12 @@ fixed: {epochs: 2}
 
 def test_an_experiment_is_read_with_all_its_fields(tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(EVERYTHING)
-    spec = read_spec(tmp_path / "spec.yaml")
+    spec = read_spec(tmp_path / "spec.yaml", ExperimentSpec)
     assert spec.dataset_date == date(2026, 6, 1)
     assert (spec.max_trials, spec.budget_gpu_hours, spec.methods) == (12, 2.5, ["lora", "prefix"])
     assert (spec.stop_metric, spec.stop_threshold, spec.stop_patience) == ("eval_perplexity", 3.0, 4)
     assert (spec.max_loop_iterations, spec.auto_merge, spec.merge_format) == (30, True, "gguf")
-    assert spec_of(spec.model_dump(mode="json"), where="itself") == spec
+    assert spec_of(spec.model_dump(mode="json"), ExperimentSpec, where="itself") == spec
 
 
 def test_what_is_left_out_is_as_the_contract_says() -> None:
@@ -71,7 +71,7 @@ def test_a_wrong_field_is_named(tmp_path: Path, line: str, fault: str) -> None:
         kept = [each for each in kept if not each.startswith("  learning_rate")]
     (tmp_path / "spec.yaml").write_text("\n".join([*kept, line]))
     with pytest.raises(ConfigurationError, match=rf"{fault}.*spec\.yaml"):
-        read_spec(tmp_path / "spec.yaml")
+        read_spec(tmp_path / "spec.yaml", ExperimentSpec)
 
 
 def test_limits_do_not_make_another_experiment_and_everything_else_does() -> None:
