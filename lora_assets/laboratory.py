@@ -23,7 +23,7 @@ from finetune.publishing import is_complete, sha256_file, sha256_json
 from finetune.search.candidates import Bench
 from finetune.search.spec import TrainingSpec
 from finetune.training.identity import training_run_id
-from finetune.training.models import TrainingRequest, TrainingResult
+from finetune.training.models import InitAdapter, TrainingRequest, TrainingResult
 from lora_assets.recording import logged_figures, measurement_of, settle
 from lora_assets.settings import Settings
 from resources.run_log import Recording, RunLog
@@ -138,6 +138,7 @@ def train(
     plan: TrainingPlan,
     *,
     dataset: PreparedDataset | None = None,
+    init_adapter: InitAdapter | None = None,
     on_progress: Progress,
     on_error: OnError | None = None,
 ) -> Trained:
@@ -147,18 +148,23 @@ def train(
         laboratory: where.
         plan: what to train.
         dataset: on what; the bench's by default.
+        init_adapter: whose weights it begins with; fresh ones by default.
         on_progress: told of the training.
         on_error: told of what the training raises.
 
     Raises:
         FinetuneError: as trainings raise.
     """
-    request = request_for(laboratory, plan, dataset=dataset)
+    request = request_for(laboratory, plan, dataset=dataset, init_adapter=init_adapter)
     return Trained(request, _train(laboratory, request, on_progress, on_error))
 
 
 def request_for(
-    laboratory: Laboratory, plan: TrainingPlan, *, dataset: PreparedDataset | None = None
+    laboratory: Laboratory,
+    plan: TrainingPlan,
+    *,
+    dataset: PreparedDataset | None = None,
+    init_adapter: InitAdapter | None = None,
 ) -> TrainingRequest:
     """The training of a plan, named by all that decides its adapter; arguments are those of `train`."""
     bench, settings = laboratory.bench, laboratory.settings
@@ -169,6 +175,7 @@ def request_for(
         trial=plan.trial_config,
         base_model=bench.base_model,
         backend="hf-peft",
+        init_adapter=init_adapter.adapter_hash if init_adapter else None,
     )
     return TrainingRequest(
         run_id=run_id,
@@ -181,6 +188,7 @@ def request_for(
         checkpoint_seconds=settings.checkpoint_seconds,
         report_to=settings.report_to,
         processes=1,
+        init_adapter=init_adapter,
     )
 
 
