@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from finetune.canvas import BAD, GOOD, LINE, PLAIN, canvas, png
 from finetune.search.ledger import best_trial
 from finetune.search.models import TrialRecord
 from finetune.search.space import Space, plain
 from finetune.search.suggest import study_of
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_TRIAL, _BEST, _PRUNED = "#9aa5b1", "#0b7a75", "#c2410c"
+_TRIAL, _BEST, _PRUNED = PLAIN, GOOD, BAD
 # Of a parallel axis: the columns that are no parameter.
 _VALUE = "result"
 
@@ -38,7 +34,7 @@ def pictures(history: Sequence[TrialRecord], space: Space, *, budget_gpu_hours: 
 
 def optimization_history_png(history: Sequence[TrialRecord], *, metric: str) -> bytes:
     """Each trial's value, the best so far as a line; pruned trials stand at their last measurement."""
-    figure, axes = _figure()
+    figure, axes = canvas()
     completed = [(trial.number, trial.value) for trial in history if trial.value is not None]
     pruned = [
         (t.number, t.intermediate[max(t.intermediate)]) for t in history if t.state == "pruned" and t.intermediate
@@ -53,12 +49,12 @@ def optimization_history_png(history: Sequence[TrialRecord], *, metric: str) -> 
         axes.legend(frameon=False)
     axes.set_xlabel("trial")
     axes.set_ylabel(metric)
-    return _png(figure)
+    return png(figure)
 
 
 def budget_png(history: Sequence[TrialRecord], gpu_hours: float) -> bytes:
     """Hours used by the time each trial ended, against the budget."""
-    figure, axes = _figure()
+    figure, axes = canvas()
     ended = sorted((t.finished_at, t.started_at or t.finished_at, t.gpu_hours) for t in history if t.finished_at)
     if ended:
         first = min(started for _, started, _ in ended)
@@ -69,14 +65,14 @@ def budget_png(history: Sequence[TrialRecord], gpu_hours: float) -> bytes:
     axes.set_xlabel("hours since the first trial began")
     axes.set_ylabel("GPU-hours")
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def parallel_coordinates_png(completed: Sequence[TrialRecord], *, metric: str) -> bytes:
     """A line a trial through its values, each axis from its lowest to its highest; dark lines are good ones."""
     rows = [{**plain(trial.params), _VALUE: trial.value or 0.0} for trial in completed]
     names = [*dict.fromkeys(name for row in rows for name in row if name != _VALUE), _VALUE]
-    figure, axes = _figure(width=max(5.2, 1.3 * len(names)))
+    figure, axes = canvas(width=max(5.2, 1.3 * len(names)))
     positions = {name: _positions([row.get(name) for row in rows]) for name in names}
     ranks = np.argsort(np.argsort([trial.value or 0.0 for trial in completed])) / max(1, len(rows) - 1)
     for index in np.argsort(-ranks).tolist():
@@ -84,7 +80,7 @@ def parallel_coordinates_png(completed: Sequence[TrialRecord], *, metric: str) -
         kept = [(x, y) for x, y in points if y is not None]
         axes.plot(*zip(*kept, strict=True), color=_BEST, alpha=0.15 + 0.85 * (1 - ranks[index]), linewidth=1.4)
     for x, name in enumerate(names):
-        axes.axvline(x, color="#52606d", linewidth=0.6)
+        axes.axvline(x, color=LINE, linewidth=0.6)
         low, high = positions[name][1]
         style: dict[str, Any] = {"ha": "center", "fontsize": 8, "textcoords": "offset points"}
         axes.annotate(low, (x, 0.0), va="top", xytext=(0, -4), **style)
@@ -94,7 +90,7 @@ def parallel_coordinates_png(completed: Sequence[TrialRecord], *, metric: str) -
     axes.set_yticks([])
     axes.set_ylim(-0.02, 1.02)
     axes.spines[["left", "bottom"]].set_visible(False)
-    return _png(figure)
+    return png(figure)
 
 
 def parameter_importances(history: Sequence[TrialRecord], space: Space) -> dict[str, float]:
@@ -118,11 +114,11 @@ def parameter_importances(history: Sequence[TrialRecord], space: Space) -> dict[
 
 def importance_png(importances: Mapping[str, float]) -> bytes:
     """A bar for each value's share."""
-    figure, axes = _figure()
+    figure, axes = canvas()
     names = sorted(importances, key=importances.__getitem__)
     axes.barh(names, [importances[name] for name in names], color=_BEST)
     axes.set_xlabel("importance")
-    return _png(figure)
+    return png(figure)
 
 
 def _positions(values: Sequence[Any]) -> tuple[list[float | None], tuple[str, str]]:
@@ -138,18 +134,3 @@ def _positions(values: Sequence[Any]) -> tuple[list[float | None], tuple[str, st
     names = sorted(map(str, set(known)))
     step = max(1, len(names) - 1)
     return [None if value is None else names.index(str(value)) / step for value in values], (names[0], names[-1])
-
-
-def _figure(width: float = 5.2) -> tuple[Figure, Axes]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, 3.6), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure, axes
-
-
-def _png(figure: Figure) -> bytes:
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=120)
-    return stream.getvalue()

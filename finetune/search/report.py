@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from finetune.planning.models import Range
 from finetune.publishing import publish_directory
 from finetune.search.ledger import best_trial, budget_of
 from finetune.search.models import StepResult, StopReason, TrialRecord
+from finetune.search.page import render_page
 from finetune.search.plots import pictures
 from finetune.search.result import shown
 from finetune.search.spec import ExperimentSpec
@@ -50,14 +48,10 @@ def publish_report(
         StorageFullError: the disk is full.
     """
     plots = pictures(history, space, budget_gpu_hours=spec.budget_gpu_hours, metric=spec.stop_metric)
-    environment = Environment(
-        loader=PackageLoader("finetune.search", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html.jinja").render(
+    page = render_page(
+        "report.html.jinja",
+        plots=plots,
+        captions=CAPTIONS,
         name=name,
         spec=spec,
         space=space,
@@ -67,8 +61,6 @@ def publish_report(
         ended=ended,
         adopted=result.metadata["adopt_trial"],
         shown=shown,
-        captions=CAPTIONS,
-        plots={file: base64.b64encode(picture).decode() for file, picture in plots.items()},
     )
     with publish_directory(directory, kind=KIND) as staging:
         for file, picture in plots.items():
