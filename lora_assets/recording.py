@@ -25,7 +25,7 @@ def logged_figures(result: TrainingResult) -> dict[str, Any]:
     return result.model_dump(mode="json", include=LOGGED, exclude_none=True)
 
 
-def settle(run_log: RunLog, request: TrainingRequest, result: TrainingResult, root: str) -> None:
+def settle(run_log: RunLog, request: TrainingRequest, result: TrainingResult, root: str | None) -> None:
     """Complete the rows of attempts that were killed between the adapter's publication and their last word.
 
     Args:
