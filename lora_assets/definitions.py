@@ -20,9 +20,10 @@ from lora_assets.settings import Settings, load_settings, on_kubernetes
 from resources.artifact_store import ArtifactStore, ValueStore
 from resources.base_model import BaseModelSource
 from resources.ollama import OllamaServer
-from resources.run_log import RunLog, TrainingRun
+from resources.run_log import RunLog
 from resources.study import StudyStore
 from resources.trainer import LoraTrainer
+from resources.training_run import TrainingRun
 from sensors.export_arrival import build_export_arrival_sensor
 from sensors.run_failure import (
     build_cancellation_sensor,

@@ -21,9 +21,10 @@ from finetune.search.watch import TrialStopped, Watch
 from finetune.training.models import TrainingRequest
 from lora_assets.laboratory import Laboratory, evaluate, train
 from lora_assets.settings import Settings
+from resources.experiment import Experiment
 from resources.run_log import Recording
 from resources.search_worker import INTERVAL_SECONDS, Outcome, work
-from resources.study import Experiment, StudyStore
+from resources.study import StudyStore
 
 _VALIDATION_PROMPTS = 8
 

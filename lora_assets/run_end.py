@@ -14,7 +14,8 @@ from lora_assets.metrics import publish_metrics
 from lora_assets.outcome import failed_checks, failed_steps
 from lora_assets.settings import Settings, load_settings
 from resources.alerts import Alert, Alerts
-from resources.run_log import RunLog, TrainingRun
+from resources.run_log import RunLog
+from resources.training_run import TrainingRun
 from sensors.run_failure import CANCELLED
 
 _logger = logging.getLogger(__name__)

@@ -11,23 +11,19 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from finetune.errors import FinetuneError, RemoteError, TransientError
 from finetune.progress import Progress, ProgressEvent
+from resources.database import Transaction
 
 _logger = logging.getLogger(__name__)
 
 # How long a process that died elsewhere stands in the way of the next, and a database may be away.
 LEASE_SECONDS = 60.0
 _POLL_SECONDS = 0.5
-
-# One transaction: yields a function that runs a statement and returns its rows.
-Execute = Callable[[str, Mapping[str, Any]], list[dict[str, Any]]]
-Transaction = Callable[[], AbstractContextManager[Execute]]
 
 _TAKE = """
     INSERT INTO lora_training_leases AS lease (training_run_id, token, holder, process, expires_at)
@@ -131,7 +127,7 @@ def _take(transaction: Transaction, run_id: str, seconds: float, on_progress: Pr
             if taken:
                 return Lease(transaction, run_id, int(taken[0]["token"]), seconds)
             other = execute("SELECT * FROM lora_training_leases WHERE training_run_id = :run_id", values)[0]
-        if _has_ended(other["process"]):
+        if has_ended(other["process"]):
             values["abandoned"] = other["token"]
             continue
         if give_up is None:
@@ -161,7 +157,7 @@ def _process(pid: int) -> str:
     return "" if fields[0] in "ZX" else f"{boot} {namespace} {pid} {fields[19]}"
 
 
-def _has_ended(process: str) -> bool:
+def has_ended(process: str) -> bool:
     """Whether a process of this machine, as named by `_process`, is no more; False for those of others."""
     ours = _process(os.getpid())
     if not process or not ours or process.split()[:2] != ours.split()[:2]:

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from resources.lease import LEASE_SECONDS, Transaction
+from resources.database import Transaction
+from resources.lease import LEASE_SECONDS
 
 # A live process renews its lease three times before it is over; one that was paused, or whose database was away,
 # gets as long again.

@@ -10,8 +10,8 @@ from finetune.errors import PermanentError, RemoteError, TrainingError
 from finetune.progress import Progress, ProgressEvent
 from finetune.search.models import StopReason, TrialRecord
 from finetune.search.watch import TrialStopped, Watch
+from resources.experiment import Experiment, Propose, Turn
 from resources.lease import LEASE_SECONDS
-from resources.study import Experiment, Propose, Turn
 
 _logger = logging.getLogger(__name__)
 

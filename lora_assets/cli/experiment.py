@@ -23,7 +23,7 @@ from lora_assets.cli.tools import progress
 from lora_assets.settings import load_settings
 
 if TYPE_CHECKING:
-    from resources.study import Experiment
+    from resources.experiment import Experiment
 
 app = typer.Typer(help="Search for the best adapter that a budget buys.", no_args_is_help=True)
 

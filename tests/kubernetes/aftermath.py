@@ -9,7 +9,8 @@ from pathlib import Path
 import dagster as dg
 
 from finetune.publishing import is_complete, read_manifest
-from resources.run_log import RunLog, TrainingRun
+from resources.run_log import RunLog
+from resources.training_run import TrainingRun
 from tests.kubernetes.cluster import PodHistory
 from tests.kubernetes.deployment import Deployment
 

@@ -25,7 +25,8 @@ from lora_assets.definitions import cancel_rows, close_what_was_killed
 from lora_assets.logs import TAGS
 from lora_assets.settings import load_settings
 from resources.postgres import EmbeddedPostgres
-from resources.run_log import RunLog, TrainingRun
+from resources.run_log import RunLog
+from resources.training_run import TrainingRun
 from tests.resources.h2o_server import KEY, Fault, H2OServer, Handler, adapter_files, archive, resets, says
 from tests.resources.h2o_training import FAST
 

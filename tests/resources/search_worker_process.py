@@ -23,8 +23,9 @@ from finetune.search.models import TrialRecord
 from finetune.search.spec import ExperimentSpec
 from finetune.search.suggest import suggest
 from finetune.search.watch import Watch
+from resources.experiment import Experiment, Propose
 from resources.search_worker import Outcome, work
-from resources.study import Experiment, Propose, StudyStore
+from resources.study import StudyStore
 
 SPACE = {"learning_rate": Range(low=1e-5, high=1e-2, log=True)}
 STEPS = 9

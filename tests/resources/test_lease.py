@@ -183,7 +183,7 @@ def test_a_database_that_is_away_is_borne_as_long_as_the_lease_surely_holds(log:
     def transaction() -> AbstractContextManager[Any]:
         if away:
             raise RemoteError("the run log's database does not answer")
-        return log._transaction()
+        return log.transaction()
 
     with log.lease("r1", seconds=600) as held:
         lease = Lease(transaction, "r1", held.token, 600)

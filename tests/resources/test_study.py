@@ -17,8 +17,9 @@ from finetune.search.ledger import budget_of
 from finetune.search.models import TrialRecord
 from finetune.search.spec import ExperimentSpec
 from finetune.search.watch import Watch
+from resources.experiment import Experiment, Turn
 from resources.search_worker import Outcome, work
-from resources.study import Experiment, StudyStore, Turn
+from resources.study import StudyStore
 from tests.resources.search_worker_process import SPACE, STEPS, loop, proposer
 
 STARTED: list[subprocess.Popen[str]] = []
