@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune.errors import ArtifactError
-from finetune.evaluation.heldout import HeldOut
-from finetune.evaluation.measure import Measured
+
+if TYPE_CHECKING:
+    from finetune.evaluation.heldout import HeldOut
+    from finetune.evaluation.measure import Measured
 
 _NAME = "losses.json"
 

@@ -40,10 +40,11 @@ def joint_space(spaces: Mapping[str, Space]) -> dict[str, Range]:
 
 def dimensions(space: Space, method: str | None) -> dict[str, Range]:
     """The ranges other than the method's that count for a method; all plain ones where there is none."""
-    return {name: span for name, span in space.items() if name != "method" and _counts(name, method)}
+    return {name: span for name, span in space.items() if name != "method" and counts_for(name, method)}
 
 
-def _counts(name: str, method: str | None) -> bool:
+def counts_for(name: str, method: str | None) -> bool:
+    """Whether a value decides anything in trainings by a method; None is any method."""
     owner, _, plain = name.rpartition(".")
     if owner:
         return owner == method

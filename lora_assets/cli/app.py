@@ -10,6 +10,7 @@ import typer
 from dagster_shared.utils.warnings import BetaWarning, PreviewWarning
 
 from lora_assets.cli import (
+    ablation,
     deletions,
     demo,
     drift,
@@ -46,6 +47,9 @@ tools.dataset_app.command(epilog="Example: lora-assets dataset deletions --list 
 app.add_typer(tools.dataset_app, name="dataset")
 app.add_typer(registry.app, name="registry")
 app.command(epilog="Example: lora-assets gc --dry-run")(gc.gc)
+experiment.app.command("ablation", epilog="Example: lora-assets experiment ablation ablation.yaml --dry-run")(
+    ablation.ablation
+)
 app.add_typer(experiment.app, name="experiment")
 app.command("export-samples", epilog="Example: lora-assets export-samples --since 2026-06-01 --until 2026-06-02")(
     samples.export_samples

@@ -60,6 +60,7 @@ GRAPH = {
     "lmstudio_export": {"gguf"},
     "drift_report": {"registered_adapter", "brain_exports"},
     "hpo_study": {"merged_dataset", "dataset_profile"},
+    "ablation_report": {"merged_dataset", "dataset_profile"},
 }
 
 
@@ -136,7 +137,11 @@ def test_a_metadata_table_may_be_empty() -> None:
 @pytest.mark.parametrize(
     ("backend", "gpu_steps", "kinds"),
     [
-        ("hf-peft", {"adapter", "eval_report", "drift_report", "work_on_trials"}, ["huggingface", "pytorch"]),
+        (
+            "hf-peft",
+            {"adapter", "eval_report", "drift_report", "work_on_trials", "ablation_report"},
+            ["huggingface", "pytorch"],
+        ),
         ("h2o", {"eval_report", "drift_report"}, ["h2o"]),
     ],
 )
