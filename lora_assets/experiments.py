@@ -10,16 +10,19 @@ from pathlib import Path
 
 from finetune.dataset.inspect import held_out_prompts
 from finetune.progress import Progress
+from finetune.publishing import is_complete
+from finetune.reproduction.models import ExperimentManifest
 from finetune.search.adoption import keep_configuration
 from finetune.search.candidates import Bench, Candidate, experiment_space, next_candidate, plan_of
 from finetune.search.ledger import best_trial
 from finetune.search.models import StepResult, TrialRecord
 from finetune.search.report import publish_report
-from finetune.search.result import experiment_result
+from finetune.search.result import experiment_result, figures_of
 from finetune.search.spec import ExperimentSpec
 from finetune.search.watch import TrialStopped, Watch
 from finetune.training.models import TrainingRequest
-from lora_assets.laboratory import Laboratory, evaluate, train
+from lora_assets.laboratory import Laboratory, evaluate, evaluation_directory, train
+from lora_assets.manifests import manifest_of
 from lora_assets.settings import Settings
 from resources.experiment import Experiment
 from resources.run_log import Recording
@@ -167,8 +170,28 @@ def conclude(opened: Opened, on_progress: Progress) -> StepResult:
         history=history,
         ended=ended,
         result=result,
+        manifest=_manifest(opened, history),
     )
     return result
+
+
+def _manifest(opened: Opened, history: Sequence[TrialRecord]) -> ExperimentManifest:
+    experiment, layout, held_out = opened.experiment, opened.settings.layout, opened.bench.dataset.eval_path
+    trainings: dict[Path, list[Path]] = {}
+    for trial in history:
+        if trial.state == "completed" and trial.adapter_path is not None:
+            report = evaluation_directory(layout, trial.run_id, held_out, _longest(opened, trial))
+            # Earlier versions kept it elsewhere.
+            trainings[Path(trial.adapter_path)] = [report] if is_complete(report) else []
+    return manifest_of(
+        opened.settings,
+        experiment.spec,
+        kind="hpo_study",
+        name=experiment.name,
+        seed=experiment.spec.seed,
+        trainings=trainings,
+        figures=figures_of(history, experiment.spec),
+    )
 
 
 def _merge(opened: Opened, best: TrialRecord, on_progress: Progress) -> Path:

@@ -17,6 +17,7 @@ from finetune.dataset.profile import profile_dataset
 from finetune.errors import ConfigurationError, DatasetError
 from finetune.evaluation.evaluate import evaluate_adapter
 from finetune.evaluation.models import EvalReport
+from finetune.layout import DataLayout
 from finetune.planning.models import TrainingPlan
 from finetune.progress import Progress
 from finetune.publishing import is_complete, sha256_file, sha256_json
@@ -251,15 +252,18 @@ def evaluate(
         FinetuneError: as evaluations raise.
     """
     dataset = dataset or laboratory.bench.dataset.eval_path
-    # Each set of records and length has its own report, so that none replaces another.
-    part = f"trial-{sha256_json([sha256_file(dataset), max_length])[:12]}"
     return evaluate_adapter(
         base_model=laboratory.bench.base_model,
         adapter_path=adapter,
         dataset=dataset,
-        output_dir=laboratory.settings.layout.model(run_id, part),
+        output_dir=evaluation_directory(laboratory.settings.layout, run_id, dataset, max_length),
         run_id=run_id,
         max_length=max_length,
         on_progress=on_progress,
         sample_answers=0,
     )
+
+
+def evaluation_directory(layout: DataLayout, run_id: str, dataset: Path, max_length: int) -> Path:
+    """Where `evaluate` publishes: each set of records and length has its own report, so that none replaces another."""
+    return layout.model(run_id, f"trial-{sha256_json([sha256_file(dataset), max_length])[:12]}")

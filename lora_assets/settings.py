@@ -24,6 +24,7 @@ from finetune.layout import DataLayout
 from finetune.logs import LogFormat
 from finetune.planning.models import Task, TrainableMethod
 from finetune.publishing import sha256_json
+from finetune.redaction import Redactor
 from finetune.training.models import Sharding
 from finetune.training.reporting import Tracker
 from sensors.arrivals import MAX_WATCHED, Completeness
@@ -34,6 +35,54 @@ Quantization = Literal["F16", "BF16", "F32", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M",
 JsonObject = Annotated[dict[str, Any], NoDecode]
 
 ENV_FILE = ".env"
+# The settings that manifests tell: those that decide what is made and where it lies; none that could hold a secret.
+RECORDED = (
+    "training_backend",
+    "base_model_name",
+    "base_model_revision",
+    "trust_remote_code",
+    "data_root",
+    "pipeline_name",
+    "exports_dir",
+    "exports_pattern",
+    "dataset_window",
+    "eval_fraction",
+    "max_line_bytes",
+    "max_reject_rate",
+    "deletion_list",
+    "id_field",
+    "min_quality",
+    "quality_field",
+    "sensitive_data",
+    "near_duplicates",
+    "near_threshold",
+    "training_method",
+    "training_task",
+    "lora_rank",
+    "train_epochs",
+    "learning_rate",
+    "max_length",
+    "micro_batch",
+    "accumulation",
+    "train_device",
+    "vram_limit_gb",
+    "max_gpu_hours",
+    "seed",
+    "adopt_trial",
+    "train_processes",
+    "train_sharding",
+    "min_champion_gain",
+    "regressions_dir",
+    "eval_tasks",
+)
+# Variables of PyTorch's and CUDA's that decide in which order sums are added up, and how exactly.
+RECORDED_OF_LIBRARIES = (
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "CUBLAS_WORKSPACE_CONFIG",
+    "NVIDIA_TF32_OVERRIDE",
+)
 
 
 def on_kubernetes() -> bool:
@@ -427,6 +476,14 @@ class Settings(BaseSettings):
     @property
     def recipe(self) -> str:
         """Hash of the settings that decide what is trained: another recipe makes a date stale."""
+    @property
+    def recorded(self) -> dict[str, str]:
+        """What manifests tell of the environment, by variable: what is on a list and set, without secrets."""
+        redact = Redactor(self.secrets)
+        values = {name.upper(): getattr(self, name) for name in RECORDED}
+        values |= {name: os.environ.get(name) for name in RECORDED_OF_LIBRARIES}
+        return {name: redact(str(value)) for name, value in values.items() if value not in (None, "")}
+
         names = (
             "training_backend",
             "base_model_name",

@@ -123,6 +123,8 @@ def evaluate_adapter(
         base_fingerprint=base_model.fingerprint,
         adapter_hash=hash_of_adapter,
         dataset_sha256=str(inputs["dataset_sha256"]),
+        adapter_path=adapter_path.absolute(),
+        dataset=dataset.absolute(),
         champion=_comparison(champion, measured, seed),
         **loss_figures(measured.base, measured.adapter, seed=seed),
         **answer_figures(questions, measured.base_answers, measured.answers),

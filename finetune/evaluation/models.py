@@ -118,6 +118,9 @@ class EvalReport(BaseModel):
     base_fingerprint: str = ""
     adapter_hash: str = ""
     dataset_sha256: str = ""
+    # where they lay
+    adapter_path: Path | None = None
+    dataset: Path | None = None
     champion: ChampionComparison | None = None
     by_format: list[Group] = []
     by_source: list[Group] = []

@@ -27,7 +27,8 @@ class TrialConfig(BaseModel):
     method: Method = "lora"
     task: Task = "instruction"
     lora_rank: int = Field(8, ge=1)
-    lora_alpha: float = 16
+    # a float, as JSON gives it back: trainings are named by it
+    lora_alpha: float = 16.0
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     use_rslora: bool = False
     use_dora: bool = False
@@ -42,7 +43,7 @@ class TrialConfig(BaseModel):
     optimizer: Optimizer = "adamw_torch"
     micro_batch: int = Field(4, ge=1)
     accumulation: int = Field(4, ge=1)
-    epochs: float = Field(3, gt=0)
+    epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     max_length: int = Field(1024, ge=8)
     packing: bool = False

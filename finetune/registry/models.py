@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from finetune.publishing import FileEntry
-
 # collected: its weights were removed by `gc`; retired: it reigned once.
 Status = Literal["champion", "challenger", "retired", "collected"]
 
@@ -40,50 +38,6 @@ class RegisteredVersion(BaseModel):
     def base_fingerprint(self) -> str | None:
         """Fingerprint of the base model that the adapter was trained on, from the lineage."""
         return self.lineage.get("base_model_fingerprint")
-
-
-class Hardware(BaseModel):
-    """The machine that registered the adapter; `gpus` by name, as far as this process knew them."""
-
-    model_config = ConfigDict(frozen=True)
-
-    machine: str
-    cpus: int | None
-    memory_bytes: int
-    gpus: list[str]
-
-
-class Provenance(BaseModel):
-    """Under what an adapter was made: `command` has its secrets masked, the environment is left out."""
-
-    model_config = ConfigDict(frozen=True)
-
-    libraries: dict[str, str]
-    python: str
-    platform: str
-    hardware: Hardware
-    # of the project's own repository; None for an installed package
-    git_commit: str | None
-    command: list[str]
-
-
-class ExperimentManifest(Provenance):
-    """``experiment_manifest.json`` (format version 1): what a version was made from, and what came of it.
-
-    `inputs` is the lineage with its hashes, configuration and seeds.
-    """
-
-    schema_version: int = 1
-    version: str
-    created_at: datetime
-    adapter_hash: str
-    run_id: str
-    trial_id: str
-    inputs: dict[str, Any]
-    adapter_config: dict[str, Any]
-    metrics: dict[str, float]
-    tags: dict[str, str]
-    outputs: dict[str, FileEntry]
 
 
 class Event(BaseModel):

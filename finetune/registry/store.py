@@ -11,12 +11,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from finetune.adapter_files import adapter_hash as hash_adapter
 from finetune.adapter_files import read_adapter_config
@@ -33,17 +34,30 @@ from finetune.publishing import (
     write_json_atomically,
 )
 from finetune.registry.history import read_events, reigns
-from finetune.registry.models import Event, ExperimentManifest, RegisteredVersion, Status
-from finetune.registry.provenance import describe_process
+from finetune.registry.models import Event, RegisteredVersion, Status
+from finetune.reproduction.manifest import describe, write_manifest
+from finetune.reproduction.models import EXPERIMENT_MANIFEST, SCHEMA_VERSION, Inputs, VersionManifest
 
 KIND = "registered_adapter"
-EXPERIMENT_MANIFEST = "experiment_manifest.json"
-_SCHEMA_VERSION = 1
 _COLLECTED = "collected.json"
 # What stays of a version whose weights were removed.
 _KEPT = (_COLLECTED, EXPERIMENT_MANIFEST, MANIFEST_NAME)
 _RESTORE = "Restore the version from a backup, or roll back to another one"
 _VERSION_NAME = re.compile(r"v[1-9][0-9]*")
+
+
+class _Stated(BaseModel):
+    """What the registry itself reads of a version's manifest; versions of all formats have it."""
+
+    schema_version: int
+    version: str
+    created_at: datetime
+    adapter_hash: str
+    run_id: str
+    trial_id: str
+    inputs: Inputs
+    metrics: dict[str, float]
+    tags: dict[str, str]
 
 
 def register_adapter(
@@ -56,6 +70,10 @@ def register_adapter(
     metrics: Mapping[str, float],
     tags: Mapping[str, str],
     lineage: Mapping[str, Any],
+    evaluations: Sequence[Path] = (),
+    exports: Path | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    secrets: Sequence[str] = (),
 ) -> RegisteredVersion:
     """Keep an adapter as a new version, or return the version that it already is.
 
@@ -69,13 +87,19 @@ def register_adapter(
         tags: free text to search by.
         lineage: what it was made from, as JSON values: ``base_model``, ``base_model_fingerprint``,
             ``dataset_fingerprint``, ``plan``, ``seeds``, ``code_version`` and whatever else is known.
+        evaluations: directories of its reports.
+        exports: directory of the exports that its dataset was prepared from.
+        environment: the settings in force that may be told, for the manifest.
+        secrets: values that must not be told.
 
     Raises:
         ArtifactError: the adapter is incomplete, was altered, or is not the one of `adapter_hash`.
         StorageFullError: the disk is full; nothing is left behind.
     """
     outputs = _checked_files(adapter_path, adapter_hash)
-    provenance = describe_process()
+    described = describe({adapter_path: evaluations}, exports=exports, environment=environment, secrets=secrets)
+    # As it will be read back, whatever mappings and paths the caller gave.
+    inputs = Inputs(**json.loads(canonical_json(lineage)), **dict(described.pop("inputs")))
     while True:
         versions = list_versions(registry)
         for known in versions:
@@ -86,23 +110,19 @@ def register_adapter(
             with publish_directory(registry / name, kind=KIND, replace=False) as staging:
                 for file in outputs:
                     _link_or_copy(adapter_path / file, staging.path / file)
-                experiment = ExperimentManifest(
+                manifest = VersionManifest(
                     version=name,
-                    created_at=datetime.now(UTC),
                     adapter_hash=adapter_hash,
                     run_id=run_id,
                     trial_id=trial_id,
-                    # As it will be read back, whatever mappings and paths the caller gave.
-                    inputs=json.loads(canonical_json(lineage)),
+                    inputs=inputs,
                     adapter_config=read_adapter_config(adapter_path),
                     metrics=dict(metrics),
                     tags=dict(tags),
                     outputs=outputs,
-                    **dict(provenance),
+                    **described,
                 )
-                (staging.path / EXPERIMENT_MANIFEST).write_text(
-                    experiment.model_dump_json(indent=2) + "\n", encoding="utf-8"
-                )
+                write_manifest(staging.path, manifest)
                 staging.inputs = {"adapter_hash": adapter_hash}
         except FileExistsError:
             continue
@@ -238,32 +258,32 @@ def _read(registry: Path, name: str, events: list[Event]) -> RegisteredVersion:
     directory = registry / name
     path = directory / EXPERIMENT_MANIFEST
     try:
-        experiment = ExperimentManifest.model_validate_json(path.read_bytes())
+        stated = _Stated.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise ArtifactError(
             f"unreadable experiment manifest of {name}: {error}", where=path, remedy=_RESTORE
         ) from error
-    if experiment.version != name:
+    if stated.version != name:
         raise ArtifactError(
-            f"the directory {name} holds version {experiment.version}", where=directory, remedy="Give it its name back"
+            f"the directory {name} holds version {stated.version}", where=directory, remedy="Give it its name back"
         )
-    if experiment.schema_version > _SCHEMA_VERSION:
+    if stated.schema_version > SCHEMA_VERSION:
         raise ArtifactError(
-            f"{name} has schema version {experiment.schema_version}, this program knows {_SCHEMA_VERSION}",
+            f"{name} has schema version {stated.schema_version}, this program knows {SCHEMA_VERSION}",
             where=path,
             remedy="Upgrade lora-assets",
         )
     status, reason = _status(directory, events)
     return RegisteredVersion(
         version=name,
-        adapter_hash=experiment.adapter_hash,
+        adapter_hash=stated.adapter_hash,
         stored_path=directory,
-        created_at=experiment.created_at,
-        run_id=experiment.run_id,
-        trial_id=experiment.trial_id,
-        metrics=experiment.metrics,
-        tags=experiment.tags,
-        lineage=experiment.inputs,
+        created_at=stated.created_at,
+        run_id=stated.run_id,
+        trial_id=stated.trial_id,
+        metrics=stated.metrics,
+        tags=stated.tags,
+        lineage=stated.inputs.lineage,
         status=status,
         reason=reason,
     )

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from finetune.planning.models import Range
 from finetune.publishing import publish_directory
+from finetune.reproduction.manifest import write_manifest
+from finetune.reproduction.models import ExperimentManifest
 from finetune.search.ledger import best_trial, budget_of
 from finetune.search.models import StepResult, StopReason, TrialRecord
 from finetune.search.page import render_page
@@ -32,8 +34,9 @@ def publish_report(
     history: Sequence[TrialRecord],
     ended: StopReason | None,
     result: StepResult,
+    manifest: ExperimentManifest,
 ) -> None:
-    """Publish ``result.json``, ``report.html`` and the pictures, in the place of an earlier report of the experiment.
+    """Publish ``result.json``, ``report.html``, the pictures and the manifest, in the place of an earlier report.
 
     Args:
         directory: where.
@@ -43,6 +46,7 @@ def publish_report(
         history: all trials.
         ended: why it is over, if it is.
         result: what is handed back.
+        manifest: what it was made from.
 
     Raises:
         StorageFullError: the disk is full.
@@ -67,5 +71,6 @@ def publish_report(
             (staging.path / file).write_bytes(picture)
         (staging.path / "report.html").write_text(page, encoding="utf-8")
         (staging.path / "result.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_manifest(staging.path, manifest)
         staging.parameters = spec.model_dump(mode="json")
         staging.results = result.metadata

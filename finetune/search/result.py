@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from finetune.reproduction.models import Figure
 from finetune.search.adoption import configuration_hash
 from finetune.search.ledger import best_trial, budget_of
 from finetune.search.models import StepResult, StopReason, TrialRecord
@@ -52,6 +53,20 @@ def experiment_result(
             "adopt_trial": configuration_hash(found) if found else None,
         },
     )
+
+
+def figures_of(history: Sequence[TrialRecord], spec: ExperimentSpec) -> dict[str, Figure]:
+    """The report's figures by name, such as ``trial.3.eval_loss``, each with the trainings it was computed from."""
+    completed = [trial for trial in history if trial.state == "completed" and trial.run_id]
+    figures = {}
+    for trial in completed:
+        figures[f"trial.{trial.number}.{spec.stop_metric}"] = Figure(value=trial.value, runs=[trial.run_id])
+        figures[f"trial.{trial.number}.seconds"] = Figure(value=3600 * trial.gpu_hours, runs=[trial.run_id])
+    if best := best_trial(history):
+        figures[f"best.{spec.stop_metric}"] = Figure(value=best.value, runs=[best.run_id])
+    used = budget_of(history, spec.budget_gpu_hours).used
+    figures["gpu_hours_used"] = Figure(value=used, runs=list(dict.fromkeys(trial.run_id for trial in completed)))
+    return figures
 
 
 def shown(trial: TrialRecord) -> str:

@@ -15,11 +15,13 @@ from finetune.chat.encode import RecordEncoder
 from finetune.errors import ConfigurationError, StoppedError
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import publish_directory
+from finetune.reproduction.provenance import describe_process
 from finetune.training.adapters import save_adapter
 from finetune.training.card import model_card
 from finetune.training.checkpoints import named_checkpoint, newest_complete, step_of
 from finetune.training.data import Ints, TrainingData, read_training_data, training_order
 from finetune.training.disk import any_full_disk_named
+from finetune.training.identity import CODE_VERSION
 from finetune.training.memory import peak_memory_gb, too_large_micro_batches
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
 from finetune.training.monitor import Monitor, stop_on_sigterm
@@ -108,6 +110,7 @@ def _attempt(
             checkpoint_seconds=request.checkpoint_seconds,
             seconds_before=state["seconds"],
             points=points,
+            goes_on=request.init_adapter is not None,
         )
         trainer = make_trainer(request, data, monitor, micro_batch)
         trainer.train(resume_from_checkpoint=str(resumed[0]) if resumed else None)
@@ -178,6 +181,10 @@ def _publish(
             "records": len(data),
             "truncated_records": data.truncated,
             **({"init_adapter": init.model_dump(exclude={"path"})} if (init := request.init_adapter) else {}),
+            # What it takes to train it again.
+            "request": request.model_dump(mode="json"),
+            "code_version": CODE_VERSION,
+            "provenance": describe_process().model_dump(mode="json"),
         }
         staging.parameters = trial.model_dump()
         staging.results = result.model_dump(mode="json", exclude={"adapter_path"})

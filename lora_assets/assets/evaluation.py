@@ -189,6 +189,10 @@ def registered_adapter(
         decision = decide(
             eval_report, champion(registry), adapter_hash=adapter_hash, min_gain=SETTINGS.min_champion_gain
         )
+        evaluations=[eval_report.path],
+        exports=SETTINGS.exports,
+        environment=SETTINGS.recorded,
+        secrets=SETTINGS.secrets,
         version = settle(registry, version.version, decision, by=by)
     context.log.info(f"{version.version} is {version.status}: {version.reason}")
     metadata: dict[str, Any] = {

@@ -6,6 +6,7 @@ import dagster as dg
 from pydantic import BaseModel, Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
+from finetune.reproduction.models import EXPERIMENT_MANIFEST
 from finetune.search.candidates import Bench, experiment_space
 from finetune.search.models import StepResult, TrialRecord
 from finetune.search.result import shown
@@ -161,6 +162,9 @@ def report_study(
             "path": path(directory),
             "report": path(directory / "report.html"),
             "experiment": experiment.name,
+            "dataset_fingerprint": merged_dataset.fingerprint,
+            "run_ids": ", ".join(dict.fromkeys(trial.run_id for trial in experiment.history() if trial.run_id)),
+            "manifest": path(directory / EXPERIMENT_MANIFEST),
             "stopped_by": str(result.data["stopped_by"]),
             **_told(result),
             "budget_gpu_hours": experiment.spec.budget_gpu_hours,

@@ -10,6 +10,7 @@ from finetune.errors import TrainingError
 from finetune.planning.models import TrialConfig
 from finetune.publishing import publish_directory, read_manifest, write_json_atomically
 from finetune.training.card import model_card
+from finetune.training.identity import CODE_VERSION
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
 from finetune.training.plots import loss_curve_png
 from resources.h2o.protocol import Experiment, Limits
@@ -67,6 +68,8 @@ def publish_adapter(
             "base_model": request.base_model.model_dump(exclude={"path"}, mode="json"),
             "records": request.dataset.counts.train,
             "experiment": {"id": experiment.id, "url": experiment_url},
+            "request": request.model_dump(mode="json"),
+            "code_version": CODE_VERSION,
         }
         staging.parameters = request.plan.trial_config.model_dump()
         staging.results = result.model_dump(mode="json", exclude={"adapter_path"})

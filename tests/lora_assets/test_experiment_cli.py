@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 
 from finetune.base_model.models import BaseModelRef
+from finetune.layout import DataLayout
+from finetune.progress import ignore_progress
 from finetune.publishing import read_manifest
 
 PROGRAM = str(Path(sys.executable).with_name("lora-assets"))
@@ -160,6 +162,7 @@ def test_an_experiment_that_was_killed_in_a_trial_is_resumed_merged_and_shown(
         "parallel.png",
         "report.html",
         "result.json",
+        "experiment_manifest.json",
     }
     page = (report / "report.html").read_text()
     assert f"ADOPT_TRIAL={result['metadata']['adopt_trial']}" in page
@@ -169,6 +172,26 @@ def test_an_experiment_that_was_killed_in_a_trial_is_resumed_merged_and_shown(
     logged = subprocess.run(
         [PROGRAM, "runs", "--json"],
         cwd=directory,
+    # Every figure and picture is followed to the file of records, and all of it can be done again.
+    places = Places(DataLayout((directory / "data").absolute()), exports=directory)
+    traced = trace(report, places)
+    assert traced.broken == []
+    assert {"best.eval_loss", "trial.0.eval_loss", "trial.1.seconds", "gpu_hours_used", "history.png"} <= set(
+        traced.figures
+    )
+    assert {figure.value for name, figure in traced.figures.items() if name.endswith("eval_loss")} == {
+        trial["value"] for trial in history
+    }
+    for chain in traced.chains.values():
+        kinds = [link.kind for link in chain.links]
+        assert kinds == ["evaluation", "records", "adapter", "training", "base model", "dataset", "export"]
+        assert chain.links[-1].path == directory / "records.jsonl"
+    selection = select(report)
+    at_hand = look_for_inputs(selection.manifest.inputs, places, weights=True, on_progress=ignore_progress)
+    judged = check(selection, at_hand, places)
+    assert set(judged.trainings) == {trial["run_id"] for trial in history}
+    assert (judged.refusals, judged.not_prepared) == ([], {})
+
         env={"PATH": os.environ["PATH"], "DATA_ROOT": "data"},
         capture_output=True,
         text=True,

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from finetune.planning.models import Range, TrialConfig
 from finetune.publishing import read_manifest
+from finetune.reproduction.manifest import experiment_manifest
 from finetune.search.models import TrialRecord
 from finetune.search.plots import parameter_importances
 from finetune.search.report import publish_report
-from finetune.search.result import experiment_result
+from finetune.search.result import experiment_result, figures_of
 from finetune.search.space import joint_space
 from finetune.search.spec import ExperimentSpec
 from finetune.search.suggest import suggest
@@ -54,13 +55,31 @@ def test_a_report_shows_every_trial_and_every_picture_and_escapes_what_people_wr
     spec = ExperimentSpec(goal="<script>alert(1)</script>", methods=["lora", "ia3"], budget_gpu_hours=3.0)
     result = experiment_result("e1", spec, [*history, failed], ended="budget")
     place = tmp_path / "e1"
+    manifest = experiment_manifest(
+        kind="hpo_study",
+        name="e1",
+        configuration=spec.model_dump(mode="json"),
+        seed=spec.seed,
+        trainings={},
+        exports=tmp_path,
+        environment={},
+        secrets=[],
+        figures=figures_of(history, spec),
+    )
     for _ in range(2):  # a later report takes the earlier one's place
         publish_report(
-            place, name="e1", spec=spec, space=SPACE, history=[*history, failed], ended="budget", result=result
+            place,
+            name="e1",
+            spec=spec,
+            space=SPACE,
+            history=[*history, failed],
+            ended="budget",
+            result=result,
+            manifest=manifest,
         )
     outputs = read_manifest(place, kind="experiment", verify="hashes").outputs
     pictures = {"history.png", "budget.png", "parallel.png", "importance.png"}
-    assert set(outputs) == {"report.html", "result.json"} | pictures
+    assert set(outputs) == {"report.html", "result.json", "experiment_manifest.json"} | pictures
     assert all((place / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     page = (place / "report.html").read_text()
     assert "<script>" not in page
