@@ -467,6 +467,14 @@ class Settings(BaseSettings):
         return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
 
     @property
+    def recorded(self) -> dict[str, str]:
+        """What manifests tell of the environment, by variable: what is on a list and set, without secrets."""
+        redact = Redactor(self.secrets)
+        values = {name.upper(): getattr(self, name) for name in RECORDED}
+        values |= {name: os.environ.get(name) for name in RECORDED_OF_LIBRARIES}
+        return {name: redact(str(value)) for name, value in values.items() if value not in (None, "")}
+
+    @property
     def device(self) -> Literal["cpu", "cuda"]:
         """What the plan is made for."""
         if self.train_device != "auto":
@@ -476,14 +484,6 @@ class Settings(BaseSettings):
     @property
     def recipe(self) -> str:
         """Hash of the settings that decide what is trained: another recipe makes a date stale."""
-    @property
-    def recorded(self) -> dict[str, str]:
-        """What manifests tell of the environment, by variable: what is on a list and set, without secrets."""
-        redact = Redactor(self.secrets)
-        values = {name.upper(): getattr(self, name) for name in RECORDED}
-        values |= {name: os.environ.get(name) for name in RECORDED_OF_LIBRARIES}
-        return {name: redact(str(value)) for name, value in values.items() if value not in (None, "")}
-
         names = (
             "training_backend",
             "base_model_name",

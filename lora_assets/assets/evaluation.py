@@ -182,6 +182,10 @@ def registered_adapter(
             "base_model_fingerprint": eval_report.base_fingerprint,
             "recipe": SETTINGS.recipe,
         },
+        evaluations=[eval_report.path],
+        exports=SETTINGS.exports,
+        environment=SETTINGS.recorded,
+        secrets=SETTINGS.secrets,
     )
     if config.promote:
         version = promote(registry, version.version, reason="its run's configuration said so", by=by)
@@ -189,10 +193,6 @@ def registered_adapter(
         decision = decide(
             eval_report, champion(registry), adapter_hash=adapter_hash, min_gain=SETTINGS.min_champion_gain
         )
-        evaluations=[eval_report.path],
-        exports=SETTINGS.exports,
-        environment=SETTINGS.recorded,
-        secrets=SETTINGS.secrets,
         version = settle(registry, version.version, decision, by=by)
     context.log.info(f"{version.version} is {version.status}: {version.reason}")
     metadata: dict[str, Any] = {

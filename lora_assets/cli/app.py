@@ -20,16 +20,16 @@ from lora_assets.cli import (
     plan,
     push,
     registry,
+    reproduce,
     run,
     samples,
     serve,
-    reproduce,
     show,
     tools,
+    trace,
     trainjob,
 )
 from lora_assets.cli.log_lines import set_up_logs
-    trace,
 
 app = typer.Typer(
     name="lora-assets",
@@ -53,6 +53,8 @@ experiment.app.command("ablation", epilog="Example: lora-assets experiment ablat
     ablation.ablation
 )
 app.add_typer(experiment.app, name="experiment")
+app.command(epilog="Example: lora-assets reproduce data/registry/brain/v3 --check-only")(reproduce.reproduce)
+app.command(epilog="Example: lora-assets trace data/registry/brain/v3 eval_loss")(trace.trace)
 app.command("export-samples", epilog="Example: lora-assets export-samples --since 2026-06-01 --until 2026-06-02")(
     samples.export_samples
 )
@@ -61,8 +63,6 @@ app.command(epilog="Example: lora-assets train --base-model llama3-8b --dataset 
 app.command(epilog="Example: lora-assets evaluate --adapter A --dataset eval.jsonl --output report")(tools.evaluate)
 app.command(epilog="Example: lora-assets merge --base-model llama3-8b --adapter A --output merged")(tools.merge)
 app.command(
-app.command(epilog="Example: lora-assets reproduce data/registry/brain/v3 --check-only")(reproduce.reproduce)
-app.command(epilog="Example: lora-assets trace data/registry/brain/v3 eval_loss")(trace.trace)
     epilog="Example: lora-assets trainjob --name brain --image ghcr.io/acme/lora-assets-train:0.1.0 --nodes 2 --gpus 8 "
     "--base-model llama3-8b --dataset /data/train.jsonl --output /data/a | kubectl apply -f -"
 )(trainjob.trainjob)

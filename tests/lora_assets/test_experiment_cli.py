@@ -17,6 +17,9 @@ from finetune.base_model.models import BaseModelRef
 from finetune.layout import DataLayout
 from finetune.progress import ignore_progress
 from finetune.publishing import read_manifest
+from finetune.reproduction.at_hand import Places, look_for_inputs
+from finetune.reproduction.check import check, select
+from finetune.reproduction.trace import trace
 
 PROGRAM = str(Path(sys.executable).with_name("lora-assets"))
 
@@ -158,20 +161,16 @@ def test_an_experiment_that_was_killed_in_a_trial_is_resumed_merged_and_shown(
     report = directory / "data" / "experiments" / "brain" / name
     assert set(read_manifest(report, kind="experiment", verify="hashes").outputs) == {
         "budget.png",
+        "experiment_manifest.json",
         "history.png",
         "parallel.png",
         "report.html",
         "result.json",
-        "experiment_manifest.json",
     }
     page = (report / "report.html").read_text()
     assert f"ADOPT_TRIAL={result['metadata']['adopt_trial']}" in page
     assert "http" not in page.replace("http-equiv", "")
 
-    # Each trial is in the run log like any training, the killed one too; nothing was trained twice.
-    logged = subprocess.run(
-        [PROGRAM, "runs", "--json"],
-        cwd=directory,
     # Every figure and picture is followed to the file of records, and all of it can be done again.
     places = Places(DataLayout((directory / "data").absolute()), exports=directory)
     traced = trace(report, places)
@@ -192,6 +191,10 @@ def test_an_experiment_that_was_killed_in_a_trial_is_resumed_merged_and_shown(
     assert set(judged.trainings) == {trial["run_id"] for trial in history}
     assert (judged.refusals, judged.not_prepared) == ([], {})
 
+    # Each trial is in the run log like any training, the killed one too; nothing was trained twice.
+    logged = subprocess.run(
+        [PROGRAM, "runs", "--json"],
+        cwd=directory,
         env={"PATH": os.environ["PATH"], "DATA_ROOT": "data"},
         capture_output=True,
         text=True,
