@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-import numpy as np
 import orjson
 from pydantic import BaseModel, ConfigDict
 from xxhash import xxh3_128_digest
@@ -20,13 +18,10 @@ from finetune.evaluation.adapters import attached, load_base
 from finetune.evaluation.figures import RESAMPLES, change_ci95
 from finetune.evaluation.heldout import HeldOut, read_heldout
 from finetune.evaluation.models import ChampionRef
-from finetune.evaluation.scoring import Scores, score
+from finetune.evaluation.scorer import Scorer
 from finetune.evaluation.statistics import shift_ci95
-from finetune.progress import Progress, ProgressEvent, ignore_progress
+from finetune.progress import Progress, ignore_progress
 from finetune.publishing import find_published, publish_directory, sha256_file
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 _KIND = "drift"
 # Part of what decides whether a report can be used again: raise it when figures change their meaning.
@@ -153,32 +148,13 @@ def _figures(
     seed: int,
 ) -> dict[str, object]:
     model = load_base(base_model)
-    done, total = 0, 2 * (len(before.records) + len(after.records))
-
-    def after_batch(records: int) -> None:
-        nonlocal done
-        done += records
-        on_progress(ProgressEvent("drift", done, total, "records"))
-
-    def scores(of: Module, held_out: HeldOut, where: Path) -> Scores:
-        found = score(
-            of,
-            held_out.encoded,
-            vocabulary=model.config.get_text_config().vocab_size,
-            pad_token_id=encoder.pad_token_id,
-            after_batch=after_batch,
-        )
-        if not np.isfinite(found.nats).all():
-            raise ArtifactError(
-                "losses on held-out records are no numbers",
-                where=where,
-                remedy="Its weights hold NaN or infinity: roll back to another version",
-            )
-        return found
-
-    base_before, base_after = (scores(model, held_out, base_model.path) for held_out in (before, after))
+    scorer = Scorer(encoder, "drift", 2 * (len(before.records) + len(after.records)), on_progress)
+    base_before, base_after = (
+        scorer(model, held_out, name="the base model", where=base_model.path) for held_out in (before, after)
+    )
+    name = f"the champion {champion.version}"
     with attached(model, champion.adapter_path) as adapted:
-        old, new = (scores(adapted, held_out, champion.adapter_path) for held_out in (before, after))
+        old, new = (scorer(adapted, held_out, name=name, where=champion.adapter_path) for held_out in (before, after))
     return {
         "known_records": len(before.records),
         "known_loss": old.loss,

@@ -22,6 +22,7 @@ _REMEDY = "Give it the eval.jsonl of a prepared dataset"
 class HeldOut:
     """Records that can be scored: `lines` are theirs in the file, from 1; `skipped` had nothing left to score."""
 
+    path: Path
     records: list[Mapping[str, Any]]
     encoded: list[EncodedRecord]
     lines: list[int]
@@ -70,6 +71,7 @@ def read_heldout(dataset: Path, encoder: RecordEncoder, *, max_length: int) -> H
             remedy="Raise eval_fraction, bring more exports, or raise max_length",
         )
     return HeldOut(
+        path=dataset,
         records=[records[index] for index in scored],
         encoded=[encoded[index] for index in scored],
         lines=[numbers[index] for index in scored],

@@ -7,19 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
-from finetune.errors import ArtifactError
 from finetune.evaluation.adapters import attached, load_base
 from finetune.evaluation.generation import greedy_answers
 from finetune.evaluation.heldout import HeldOut, Question
 from finetune.evaluation.models import ChampionRef, FailedRegression, TaskScore
 from finetune.evaluation.regressions import Regression, failures
-from finetune.evaluation.scoring import Scores, score
+from finetune.evaluation.scorer import Scorer
+from finetune.evaluation.scoring import Scores
 from finetune.evaluation.tasks import EvalTasks, find_tasks, run_tasks, task_scores
-from finetune.progress import Progress, ProgressEvent
+from finetune.progress import Progress
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -63,30 +61,10 @@ def measure(
     manager = find_tasks(tasks)
     model = load_base(base_model)
     total = (2 if champion is None else 3) * len(held_out.records)
-    done = 0
-
-    def after_batch(records: int) -> None:
-        nonlocal done
-        done += records
-        on_progress(ProgressEvent("evaluate", done, total, "records"))
+    scorer = Scorer(encoder, "evaluate", total, on_progress)
 
     def scores(of: Module, name: str, where: Path) -> Scores:
-        found = score(
-            of,
-            held_out.encoded,
-            vocabulary=model.config.get_text_config().vocab_size,
-            pad_token_id=encoder.pad_token_id,
-            after_batch=after_batch,
-        )
-        broken = np.flatnonzero(~np.isfinite(found.nats))
-        if len(broken):
-            raise ArtifactError(
-                f"{name} gives losses that are no numbers, first on line {held_out.lines[broken[0]]} "
-                "of the held-out records",
-                where=where,
-                remedy="Its weights hold NaN or infinity: train again with a lower learning rate",
-            )
-        return found
+        return scorer(of, held_out, name=name, where=where)
 
     base, base_answers = scores(model, "the base model", base_model.path), _answers(model, encoder, questions)
     base_tasks = run_tasks(model, base_model, tasks, manager)

@@ -1,6 +1,7 @@
 """The champion on what arrived since its training: what counts as new, and what the figures say."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,20 @@ def test_a_champion_of_another_base_model_is_refused(
 ) -> None:
     with pytest.raises(ArtifactError, match="another base model"):
         drift(tmp_path, tiny_model, champion.model_copy(update={"base_fingerprint": "x"}), *NEW)
+
+
+def test_a_champion_whose_losses_are_no_numbers_is_named_with_the_record_and_leaves_no_report(
+    tmp_path: Path, tiny_model: BaseModelRef, champion: ChampionRef
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(champion.adapter_path, broken)
+    weights = broken / "adapter_model.safetensors"
+    save_file({name: tensor * float("nan") for name, tensor in load_file(weights).items()}, weights)
+    with pytest.raises(ArtifactError, match=r"the champion v1 gives losses that are no numbers, first on line 1 of"):
+        drift(tmp_path, tiny_model, champion.model_copy(update={"adapter_path": broken}), *NEW)
+    assert not (tmp_path / "drift").exists()
 
 
 def test_the_interval_of_a_shift_holds_the_true_one() -> None:
