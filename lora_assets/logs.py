@@ -1,9 +1,12 @@
 """The log lines of runs, as LOG_FORMAT asks for: as JSON each names its run, dataset date and step."""
 
+import io
 import logging
+import os
 import sys
+import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import dagster as dg
 
@@ -23,7 +26,7 @@ def console(init_context: dg.InitLoggerContext) -> logging.Logger:
     """The log of `lora-assets run`; as text without Dagster's own events, which stay in the UI."""
     settings = load_settings()
     logger = logging.Logger("lora_assets.console", logging.INFO)
-    handler = logging.StreamHandler()
+    handler = _Uncaptured(sys.stderr)
     if settings.log_format == "json":
         handler.setFormatter(_JsonRunLine(settings))
     else:
@@ -33,7 +36,27 @@ def console(init_context: dg.InitLoggerContext) -> logging.Logger:
     return logger
 
 
-class RunLines(logging.StreamHandler[Any]):
+class _Uncaptured(logging.StreamHandler[TextIO]):
+    """Writes to a standard stream, also while Dagster captures what a step writes there.
+
+    What is captured reaches the stream through a `tail`, which is ended with the step whether or not it has read the
+    last lines: those that tell why the step failed.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        try:
+            descriptor = os.dup(stream.fileno())
+        except io.UnsupportedOperation:
+            # A stream without a descriptor cannot be captured.
+            super().__init__(stream)
+            return
+        copy = os.fdopen(descriptor, "w", encoding=stream.encoding, errors=stream.errors)
+        super().__init__(copy)
+        # Logging never closes the streams of its handlers.
+        weakref.finalize(self, copy.close)
+
+
+class RunLines(_Uncaptured):
     """JSON lines of every run that the daemon, the UI or a pod starts, on standard output; for ``dagster.yaml``.
 
     Silent while LOG_FORMAT is text, and of the runs of `lora-assets run`, whose log is `console`.

@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SECRET = "h2o-key-5k2"
 CODE = """
-import logging, sys
+import logging, os, sys
 import dagster as dg
 from lora_assets.logs import TAGS, console
 
 @dg.op
 def adapter(context):
+    print("captured", sys.argv[1], os.environ["LOG_FORMAT"])
     context.log.info("training: 3/4 steps, Привіт")
     logging.getLogger("finetune.training").warning("refused %s", "h2o-key-5k2")
     raise ValueError("boom with h2o-key-5k2")
@@ -37,17 +38,25 @@ with dg.DagsterInstance.get() as instance:
 """
 
 
+# What Dagster mirrors captured output with, on a machine that is too busy to let it read.
+TAIL = "#!/bin/sh\nexec sleep 600\n"
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Dagster's home with the settings that the project ships."""
     path = tmp_path_factory.mktemp("dagster")
     (path / "dagster.yaml").write_bytes((ROOT / "lora_assets" / "dagster.yaml").read_bytes())
+    (path / "bin").mkdir()
+    (path / "bin" / "tail").write_text(TAIL)
+    (path / "bin" / "tail").chmod(0o755)
     return path
 
 
 def run(home: Path, who: str, log_format: str) -> subprocess.CompletedProcess[str]:
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT), "DAGSTER_HOME": str(home)}
-    return subprocess.run(
+    path = f"{home / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    environment = {"PATH": path, "PYTHONPATH": str(ROOT), "DAGSTER_HOME": str(home)}
+    done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", CODE, who],
         env=environment | {"LOG_FORMAT": log_format, "H2O_API_KEY": SECRET},
         cwd=home,
@@ -55,6 +64,9 @@ def run(home: Path, who: str, log_format: str) -> subprocess.CompletedProcess[st
         text=True,
         check=True,
     )
+    assert f"captured {who} {log_format}\n" in [file.read_text() for file in home.glob("storage/*/compute_logs/*.out")]
+    assert "captured" not in done.stdout
+    return done
 
 
 def objects(text: str) -> list[dict[str, Any]]:
@@ -70,11 +82,8 @@ def check(lines: list[dict[str, Any]]) -> None:
     assert progress["timestamp"].endswith("+00:00")
     [library] = [line for line in lines if line["message"] == "refused ***"]
     assert (library["level"], library["step"]) == ("WARNING", "adapter")
-    [failure] = [line for line in lines if line.get("event") == "PIPELINE_FAILURE"]
-    assert "Steps failed: ['adapter']" in failure["message"]
-    # On a busy machine Dagster was seen to hand on no record of the step's own failure.
-    for step in (line for line in lines if line.get("event") == "STEP_FAILURE"):
-        assert "boom with ***" in step["error"]
+    [failure] = [line for line in lines if line.get("event") == "STEP_FAILURE"]
+    assert "boom with ***" in failure["error"]
 
 
 def test_of_a_run_that_the_daemon_or_a_pod_executes_every_line_on_standard_output_is_json(home: Path) -> None:
