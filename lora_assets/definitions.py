@@ -9,7 +9,7 @@ import dagster as dg
 from pydantic import ValidationError
 
 from finetune.errors import ConfigurationError
-from lora_assets.assets import ablation, dataset, drift, evaluation, export, search, training
+from lora_assets.assets import ablation, continual, dataset, drift, evaluation, export, search, training
 from lora_assets.checks import ALL_CHECKS, GGUF_CHECK
 from lora_assets.jobs import champion_drift, train_and_export
 from lora_assets.logs import console
@@ -173,6 +173,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             drift.drift_report,
             search.hpo_study,
             ablation.ablation_report,
+            continual.continual_report,
         ],
         asset_checks=[
             *(check for check in ALL_CHECKS if settings.needs_gguf or check is not GGUF_CHECK),

@@ -69,6 +69,8 @@ RECORDED = (
     "max_gpu_hours",
     "seed",
     "adopt_trial",
+    "init_from",
+    "replay_fraction",
     "train_processes",
     "train_sharding",
     "min_champion_gain",
@@ -183,6 +185,14 @@ class Settings(BaseSettings):
         None,
         pattern=r"^[0-9a-f]{64}$",
         description="SHA-256 of an experiment's best configuration, which the plan then is; unset: the plan chooses.",
+    )
+    init_from: Literal["base", "champion"] = Field(
+        "base",
+        description="What a training begins with: base (the base model alone) or champion (the last champion of an "
+        "earlier date, on what is new to it).",
+    )
+    replay_fraction: float = Field(
+        0.25, ge=0, lt=1, description="With INIT_FROM=champion: share of a training's records that it knows already."
     )
     train_processes: int | None = Field(
         None, ge=1, description="Processes of a local training; unset: one a GPU, or one where there is none."
@@ -397,6 +407,8 @@ class Settings(BaseSettings):
     def _complete(self) -> Settings:
         if self.training_backend == "h2o" and not self.h2o_api_url:
             raise ValueError("H2O_API_URL must be set when TRAINING_BACKEND=h2o")
+        if self.training_backend == "h2o" and self.init_from == "champion":
+            raise ValueError("INIT_FROM=champion needs TRAINING_BACKEND=hf-peft: H2O begins with the base model")
         if on_kubernetes() and self.base_model_name is None:
             raise ValueError("BASE_MODEL_NAME must be set on Kubernetes: the embedded model is for trying out")
         if on_kubernetes() and self.database_url is None:
@@ -505,6 +517,9 @@ class Settings(BaseSettings):
         recipe = {name: getattr(self, name) for name in names}
         if self.adopt_trial:
             recipe["adopt_trial"] = self.adopt_trial
+        # Not who reigns: a new champion makes no date stale.
+        if self.init_from != "base":
+            recipe |= {"init_from": self.init_from, "replay_fraction": self.replay_fraction}
         # Options that are off leave dates as they are; the deletion list decides by its entries.
         parameters = self.prepare_parameters
         deciding = parameters.deciding(parameters.deletions())

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from finetune.dataset.models import PreparedDataset
 
 # full is estimated, for comparison, and never trained
 Method = Literal["full", "lora", "qlora", "prefix", "ia3"]
@@ -114,6 +117,34 @@ class CostEstimate(BaseModel):
     price: float | None
 
 
+class Continued(BaseModel):
+    """A registered version that a training goes on with, and the records that it goes on with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    version: str
+    run_id: str
+    adapter_hash: str
+    adapter_path: Path
+    # what is trained on, in the place of the whole dataset
+    dataset: PreparedDataset
+    new_records: int
+    replayed_records: int
+
+
+class Start(BaseModel):
+    """Where a training was decided to begin, which stays so for as long as the same is asked.
+
+    `asked` is a hash of the question: dataset, base model, settings. `version` is None for the base model.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    asked: str
+    version: str | None
+    reason: str
+
+
 class TrainingPlan(BaseModel):
     """What the training step is handed, with one line of explanation per choice."""
 
@@ -126,3 +157,7 @@ class TrainingPlan(BaseModel):
     estimated_steps: int
     estimated_tokens: int | None
     cost: CostEstimate | None = None
+    # None begins with the base model alone
+    continued: Continued | None = None
+    # of a plan for which a version to start from was looked for
+    start: Start | None = None

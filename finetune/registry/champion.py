@@ -18,8 +18,10 @@ from pathlib import Path
 
 from finetune.errors import ArtifactError
 from finetune.evaluation.models import ChampionRef, EvalReport
+from finetune.registry.history import read_events, reigns
 from finetune.registry.models import Decision, RegisteredVersion
 from finetune.registry.promotion import champion
+from finetune.registry.store import get_version
 
 # Of fewer records, even a gain on every one of them may be chance (two-sided sign test: 2 * 2^-5 = 0.06), and the
 # bootstrap's interval over a single one has no width at all.
@@ -37,6 +39,26 @@ def champion_ref(registry: Path) -> ChampionRef | None:
         adapter_hash=reigning.adapter_hash,
         base_fingerprint=reigning.base_fingerprint or "",
     )
+
+
+def champion_before(registry: Path, date: str) -> RegisteredVersion | None:
+    """The last to reign of the versions that were trained on a date before this one, or None.
+
+    Neither a date's own version counts, so that a date that is made again starts where it started, nor those of later
+    dates, which know what the date must not.
+
+    Args:
+        registry: the registry's directory.
+        date: an ISO date.
+
+    Raises:
+        ArtifactError: the history or a version's manifest was altered.
+    """
+    for name in reversed(reigns(read_events(registry))):
+        version = get_version(registry, name)
+        if str(version.lineage.get("date", "")) < date:
+            return version
+    return None
 
 
 def decide(

@@ -78,7 +78,12 @@ Dataset `{request.dataset.fingerprint}`: {counts.train} records for training, {c
 
 def _start(request: TrainingRequest) -> str:
     init = request.init_adapter
-    return f" Training began with the weights of `{init.run_id}` (adapter `{init.adapter_hash[:16]}`)." if init else ""
+    if init is None:
+        return ""
+    began = f" Training began with the weights of `{init.run_id}` (adapter `{init.adapter_hash[:16]}`)"
+    if continued := request.plan.continued:
+        began += f", to which {continued.new_records} of the records were new; the others were replayed"
+    return f"{began}."
 
 
 def _vllm(base: str, run_id: str, config: Mapping[str, Any]) -> str:

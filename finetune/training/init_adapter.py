@@ -75,13 +75,13 @@ def differences(path: Path, trial: TrialConfig, shape: ModelShape, base_model: B
     """In what an adapter differs from the one that a configuration trains, a phrase for each; empty if it fits.
 
     An adapter of lora and one of qlora are of one kind, and one that PiSSA made is a plain LoRA of twice the rank. The
-    base model is compared where the adapter's manifest names
-    its fingerprint; the tensors' shapes are compared when they are loaded.
+    base model is compared where the adapter's manifest names its fingerprint; the tensors' shapes are compared when
+    they are loaded.
 
     Raises:
         ArtifactError: the adapter's configuration is missing or damaged.
     """
-    config = read_adapter_config(path)
+    config = {"use_rslora": False, "use_dora": False, **read_adapter_config(path)}
     expected = _expected(trial, shape)
     found = {name: _comparable(config.get(name)) for name in expected}
     told = [

@@ -35,7 +35,8 @@ _REPORT_SECONDS = 2.0
 # A step that ends so long after the last one's may end after a pause in which another process took over.
 _ASK_SECONDS = 5.0
 # A loss has diverged whose median over five steps is more than twice the lowest such median (or the first loss,
-# the base model's own), plus one nat: a spike of two steps is none, nor is a small loss that doubles.
+# the base model's own), plus one nat: a spike of two steps is none, nor is a small loss that doubles. Who goes on with
+# an adapter knows some records and not others: there the highest of the first five losses stands for the lowest median.
 _WINDOW = 5
 _RISE_FACTOR, _RISE_NATS = 2.0, 1.0
 _NAMED = 16
@@ -102,6 +103,7 @@ class Monitor:
         checkpoint_seconds: time between checkpoints.
         seconds_before: training time of earlier attempts.
         points: the loss curve up to the checkpoint that the training goes on from.
+        goes_on: whether the training began with an adapter.
     """
 
     run_id: str
@@ -120,6 +122,7 @@ class Monitor:
     checkpoint_seconds: float
     seconds_before: float
     points: list[LossPoint] = field(default_factory=list)
+    goes_on: bool = False
 
     def __post_init__(self) -> None:
         self._tokens = self.lengths[self.order].cumsum()
@@ -190,11 +193,12 @@ class Monitor:
     def _refuse_divergence(self) -> None:
         median = self._median(len(self.points))
         self._lowest = min(self._lowest, median)
-        limit = _RISE_FACTOR * self._lowest + _RISE_NATS
+        good = max(point.loss for point in self.points[:_WINDOW]) if self.goes_on else self._lowest
+        limit = _RISE_FACTOR * good + _RISE_NATS
         self.doubtful = self.points[-1].loss > limit
         if median > limit and len(self.points) >= _WINDOW:
             left = next(point.step for point in self.points[-_WINDOW:] if point.loss > limit)
-            self._give_up(left, f"the loss diverged from {self._lowest:.3g} to {median:.3g}")
+            self._give_up(left, f"the loss diverged from {good:.3g} to {median:.3g}")
 
     def _write(self, step: int, loss: float, learning_rate: float, gradient_norm: float | None) -> None:
         now = time.monotonic()

@@ -8,7 +8,7 @@ from pydantic import Field
 
 from finetune.dataset.models import PreparedDataset
 from finetune.evaluation.models import EvalReport
-from finetune.planning.models import TrainingPlan
+from finetune.planning.models import Continued, TrainingPlan
 from finetune.registry.champion import champion_ref, decide
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.promotion import champion, promote, settle
@@ -125,6 +125,12 @@ class PromotionConfig(dg.Config):
     )
 
 
+def _continued(continued: Continued) -> dict[str, Any]:
+    """What the adapter goes on from, and on what; the dataset that it stands for is the date's whole one."""
+    told = continued.model_dump(include={"version", "run_id", "adapter_hash", "new_records", "replayed_records"})
+    return {**told, "training_dataset": continued.dataset.fingerprint}
+
+
 @dg.multi_asset(
     outs={
         "registered_adapter": dg.AssetOut(
@@ -181,6 +187,7 @@ def registered_adapter(
             "base_model": base.name,
             "base_model_fingerprint": eval_report.base_fingerprint,
             "recipe": SETTINGS.recipe,
+            **({"continued": _continued(training_plan.continued)} if training_plan.continued else {}),
         },
         evaluations=[eval_report.path],
         exports=SETTINGS.exports,

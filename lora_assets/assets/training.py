@@ -2,6 +2,7 @@
 
 import math
 import time
+from functools import partial
 
 import dagster as dg
 from pydantic import Field
@@ -15,6 +16,7 @@ from finetune.planning.plan import make_plan
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import is_complete
 from finetune.search.adoption import as_overrides, read_configuration
+from finetune.training.continuation import init_adapter_of
 from finetune.training.identity import training_run_id
 from finetune.training.models import TrainingRequest, TrainingResult
 from finetune.training.ownership import StillMine
@@ -33,6 +35,7 @@ from lora_assets.assets.common import (
 from lora_assets.kubernetes import gpu_step
 from lora_assets.logs import TAGS
 from lora_assets.recording import logged_figures, measurement_of, settle
+from lora_assets.start import with_start
 from resources.artifact_store import ArtifactStore
 from resources.base_model import BaseModelSource
 from resources.retries import no_retry_if_permanent
@@ -64,11 +67,18 @@ class PlanConfig(dg.Config):
         SETTINGS.adopt_trial,
         description="SHA-256 of an experiment's best configuration: the plan is that one, whatever else is given.",
     )
+    init_from: str = Field(
+        SETTINGS.init_from,
+        description="base: the base model alone; champion: the last champion of an earlier date, or that version (v3).",
+    )
+    replay_fraction: float = Field(
+        SETTINGS.replay_fraction, description="Share of records that the version to start from knows already."
+    )
 
 
 @dg.asset(
     **COMMON,
-    ins=made_from("dataset_profile"),
+    ins=made_from("dataset_profile", "merged_dataset"),
     group_name="training",
     kinds={"python"},
     code_version="1",
@@ -79,31 +89,49 @@ def training_plan(
     context: dg.AssetExecutionContext,
     config: PlanConfig,
     dataset_profile: DatasetProfile,
+    merged_dataset: PreparedDataset,
     base_model: BaseModelSource,
     run_log: RunLog,
 ) -> dg.MaterializeResult[TrainingPlan]:
-    """Choose what the configuration leaves open, and say why; earlier trainings of the model correct the estimates."""
+    """Choose what the configuration leaves open, and say why; earlier trainings of the model correct the estimates.
+
+    With INIT_FROM=champion the plan also says which version the training goes on with, and on which records.
+    """
     task, method, overrides = _given(config)
-    base = base_model.resolve(log_progress(context), weights=False)
-    plan = make_plan(
+    # A plan needs no weights; but only they tell whether a local model is the one that a champion was trained on.
+    weights = config.init_from != "base" and base_model.is_local
+    base = base_model.resolve(log_progress(context), weights=weights)
+    plan_for = partial(
+        make_plan,
         base.path,
-        dataset_profile,
         task=task,
-        method=method,
-        overrides=overrides,
         vram_limit_gb=config.vram_limit_gb,
         device=SETTINGS.device,
         history=run_log.measurements(base.name, SETTINGS.device),
         stated_tokens_per_second=SETTINGS.tokens_per_second,
         price_per_gpu_hour=SETTINGS.gpu_hour_price,
     )
+    plan = plan_for(dataset_profile, method=method, overrides=overrides)
+    if config.init_from != "base":
+        plan = with_start(
+            SETTINGS,
+            plan,
+            dataset=merged_dataset,
+            base_model=base,
+            init_from=config.init_from,
+            replay_fraction=config.replay_fraction,
+            method=method,
+            overrides=overrides,
+            make_plan=plan_for,
+        )
     trial, memory, cost = plan.trial_config, plan.memory_estimate, plan.cost
     return dg.MaterializeResult(
         value=plan,
-        data_version=dg.DataVersion(trial.trial_id),
+        data_version=dg.DataVersion("-".join([trial.trial_id, *_of_start(plan)])),
         metadata={
             "trial_id": trial.trial_id,
             "adopted": config.adopt_trial or "",
+            **_told_of_start(plan),
             "trial_config": dg.MetadataValue.json(trial.model_dump()),
             "search_space": dg.MetadataValue.json({name: r.model_dump() for name, r in plan.search_space.items()}),
             "vram_gb": memory.vram_gb,
@@ -133,12 +161,27 @@ def _given(config: PlanConfig) -> tuple[Task, Method | None, PlanOverrides]:
         trial = read_configuration(SETTINGS.layout.configurations, config.adopt_trial)
         method, overrides = as_overrides(trial)
         return trial.task, method, overrides
-    given = config.model_dump(exclude={"method", "task", "vram_limit_gb", "adopt_trial"})
+    given = config.model_dump(include=set(PlanOverrides.model_fields))
     return (
         choice(Task, "task", config.task),
         None if config.method is None else choice(Method, "method", config.method),
         PlanOverrides.model_validate(given),
     )
+
+
+def _of_start(plan: TrainingPlan) -> list[str]:
+    """What tells plans of one configuration apart that begin with, or go on with, different things."""
+    return [plan.continued.adapter_hash[:10], plan.continued.dataset.fingerprint] if plan.continued else []
+
+
+def _told_of_start(plan: TrainingPlan) -> dict[str, str | int]:
+    if plan.continued is None:
+        return {"starts_from": "the base model"}
+    return {
+        "starts_from": plan.continued.version,
+        "new_records": plan.continued.new_records,
+        "replayed_records": plan.continued.replayed_records,
+    }
 
 
 @dg.asset(
@@ -167,21 +210,25 @@ def adapter(
     with no_retry_if_permanent():
         # A repository's commit tells its weights, which are needed where they are trained.
         base = base_model.resolve(report, weights=TRAINS_HERE or base_model.is_local)
+    continued = training_plan.continued
+    dataset = continued.dataset if continued else merged_dataset
     run_id = training_run_id(
         date=context.partition_key,
-        dataset_fingerprint=merged_dataset.fingerprint,
+        dataset_fingerprint=dataset.fingerprint,
         trial=training_plan.trial_config,
         base_model=base,
         backend=trainer.backend,
+        init_adapter=continued.adapter_hash if continued else None,
     )
     request = TrainingRequest(
         run_id=run_id,
         date=context.partition_key,
-        dataset=merged_dataset,
+        dataset=dataset,
         plan=training_plan,
         base_model=base,
         adapter_dir=store.layout.adapter(run_id),
         work_dir=store.layout.work(run_id),
+        init_adapter=init_adapter_of(training_plan),
         checkpoint_seconds=SETTINGS.checkpoint_seconds,
         report_to=SETTINGS.report_to,
         processes=SETTINGS.train_processes,
@@ -211,6 +258,7 @@ def adapter(
             "peak_memory_gb": result.peak_memory_gb or 0.0,
             "micro_batch": result.micro_batch or 0,
             "out_of_memory_with": ", ".join(map(str, result.out_of_memory)) or "no micro-batch",
+            **_told_of_start(training_plan),
             "base_model": base.name,
             "base_model_fingerprint": base.fingerprint,
             "published": published_files(request.adapter_dir),

@@ -11,6 +11,7 @@ from dagster_shared.utils.warnings import BetaWarning, PreviewWarning
 
 from lora_assets.cli import (
     ablation,
+    continual,
     deletions,
     demo,
     drift,
@@ -52,6 +53,7 @@ app.command(epilog="Example: lora-assets gc --dry-run")(gc.gc)
 experiment.app.command("ablation", epilog="Example: lora-assets experiment ablation ablation.yaml --dry-run")(
     ablation.ablation
 )
+experiment.app.command(epilog="Example: lora-assets experiment continual continual.yaml --dry-run")(continual.continual)
 app.add_typer(experiment.app, name="experiment")
 app.command(epilog="Example: lora-assets reproduce data/registry/brain/v3 --check-only")(reproduce.reproduce)
 app.command(epilog="Example: lora-assets trace data/registry/brain/v3 eval_loss")(trace.trace)

@@ -7,7 +7,7 @@ import dagster as dg
 import pytest
 
 from finetune.base_model.models import BaseModelRef
-from finetune.dataset.models import DatasetProfile
+from finetune.dataset.models import Counts, DatasetProfile, PreparedDataset
 from finetune.planning.models import TrainingPlan, TrialConfig
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan
@@ -38,6 +38,21 @@ def dataset_profile() -> DatasetProfile:
     return PROFILE
 
 
+@dg.asset(**COMMON)
+def merged_dataset() -> PreparedDataset:
+    counts = Counts(lines=24, train=20, eval=4, duplicates=0, rejected=0, blank=0)
+    nothing: dict[str, int] = {}
+    return PreparedDataset(
+        path=Path("/nowhere"),
+        date="2026-06-01",
+        fingerprint="f",
+        window_dates=["2026-06-01"],
+        counts=counts,
+        rejects_by_reason=nothing,
+        rejects_by_file=nothing,
+    )
+
+
 def test_the_plan_is_the_adopted_configuration_to_the_last_value(
     tmp_path: Path, tiny_model: BaseModelRef, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -54,7 +69,7 @@ def test_the_plan_is_the_adopted_configuration_to_the_last_value(
         adopted = keep_configuration(settings.layout.configurations, tried)
         instance.add_dynamic_partitions(str(dataset_dates.name), ["2026-06-01"])
         result = dg.materialize(
-            [dataset_profile, training.training_plan],
+            [merged_dataset, dataset_profile, training.training_plan],
             partition_key="2026-06-01",
             instance=instance,
             resources={

@@ -49,7 +49,7 @@ def defs() -> dg.Definitions:
 GRAPH = {
     "merged_dataset": {"brain_exports"},
     "dataset_profile": {"merged_dataset"},
-    "training_plan": {"dataset_profile"},
+    "training_plan": {"dataset_profile", "merged_dataset"},
     "adapter": {"merged_dataset", "training_plan"},
     "eval_report": {"adapter", "merged_dataset", "training_plan"},
     "registered_adapter": {"adapter", "eval_report", "merged_dataset", "training_plan"},
@@ -60,6 +60,7 @@ GRAPH = {
     "lmstudio_export": {"gguf"},
     "drift_report": {"registered_adapter", "brain_exports"},
     "hpo_study": {"merged_dataset", "dataset_profile"},
+    "continual_report": {"merged_dataset", "dataset_profile"},
     "ablation_report": {"merged_dataset", "dataset_profile"},
 }
 

@@ -18,8 +18,16 @@ def run_id(
     trial: TrialConfig = TRIAL,
     base_model: BaseModelRef = MODEL,
     backend: str = "hf-peft",
+    init_adapter: str | None = None,
 ) -> str:
-    return training_run_id(date=date, dataset_fingerprint=dataset, trial=trial, base_model=base_model, backend=backend)
+    return training_run_id(
+        date=date,
+        dataset_fingerprint=dataset,
+        trial=trial,
+        base_model=base_model,
+        backend=backend,
+        init_adapter=init_adapter,
+    )
 
 
 def test_the_id_is_stable_and_safe_as_an_ollama_tag() -> None:
@@ -35,10 +43,20 @@ def test_whatever_decides_the_adapter_changes_the_id() -> None:
         run_id(trial=TRIAL.model_copy(update={"seed": 1})),
         run_id(base_model=MODEL.model_copy(update={"fingerprint": "g"})),
         run_id(backend="h2o"),
+        run_id(init_adapter="a"),
+        run_id(init_adapter="b"),
     }
-    assert len(ids) == 6
+    assert len(ids) == 8
 
 
 def test_the_places_and_names_of_equal_things_do_not(tmp_path: Path) -> None:
     assert run_id(base_model=MODEL.model_copy(update={"path": tmp_path})) == run_id()
     assert run_id(trial=TRIAL.model_copy(update={"trial_id": "two"})) == run_id()
+
+
+def test_trainings_that_begin_with_the_base_model_keep_the_ids_that_they_had() -> None:
+    assert run_id() == "20260601-a7fd95aabe"
+
+
+def test_a_configuration_that_was_written_and_read_again_names_the_same_training() -> None:
+    assert run_id(trial=TrialConfig.model_validate_json(TRIAL.model_dump_json())) == run_id()

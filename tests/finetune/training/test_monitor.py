@@ -112,8 +112,8 @@ def test_a_loss_that_diverges_names_the_step_where_it_left_its_records_and_the_c
 
 
 def test_a_spike_is_no_divergence_and_a_resumed_training_remembers_its_lowest_loss(tmp_path: Path) -> None:
-    def steps_until_given_up(losses: list[float], before: int = 0) -> int | None:
-        watch = monitor_of(tmp_path, losses[:before], steps=len(losses))
+    def steps_until_given_up(losses: list[float], before: int = 0, *, goes_on: bool = False) -> int | None:
+        watch = dataclasses.replace(monitor_of(tmp_path, losses[:before], steps=len(losses)), goes_on=goes_on)
         for step, loss in enumerate(losses[before:], start=before + 1):
             try:
                 watch.on_loss(step, loss, 1e-3, None)
@@ -127,3 +127,9 @@ def test_a_spike_is_no_divergence_and_a_resumed_training_remembers_its_lowest_lo
     assert steps_until_given_up(diverging) == 13
     assert steps_until_given_up(diverging, before=11) == 13
     assert steps_until_given_up([9.0, 9.5, 9.2] * 5) is None
+    # Of an adapter that is gone on with, the first batch may hold what it knows, and the next what it does not.
+    some_known = [0.002, 2.9, 2.8, 0.01, 2.7, 2.5, 2.4, 0.02, 2.2]
+    assert steps_until_given_up(some_known) == 5
+    assert steps_until_given_up(some_known, goes_on=True) is None
+    assert steps_until_given_up(some_known + [9.0] * 5, goes_on=True) == 12
+    assert steps_until_given_up(some_known + [9.0] * 5, before=8, goes_on=True) == 12
