@@ -111,7 +111,7 @@ def _served(registry: Path, versions: Sequence[RegisteredVersion], keep: int) ->
 
 
 def _temporary(root: Path) -> Iterator[Garbage]:
-    places = ["prepared", "adapters", "models", "registry", "work", "assets", "alerts"]
+    places = ["prepared", "adapters", "models", "registry", "work", "assets", "alerts", "base_losses"]
     found = [path for place in places for path in (root / place).rglob(".*")]
     # The hub's cache below has files of its own kind.
     found += [*(root / "base_models").glob(".*"), *(root / "base_models" / "gguf").rglob(".*")]

@@ -59,6 +59,11 @@ class DataLayout:
         return self.root / "experiments" / self.pipeline / path_part(name)
 
     @property
+    def base_losses(self) -> Path:
+        """Losses of base models on single records, by what was measured."""
+        return self.root / "base_losses"
+
+    @property
     def configurations(self) -> Path:
         """The best configurations of searches, each named by its SHA-256."""
         return self.root / "configurations"

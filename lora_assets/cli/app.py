@@ -12,6 +12,7 @@ from dagster_shared.utils.warnings import BetaWarning, PreviewWarning
 from lora_assets.cli import (
     ablation,
     continual,
+    curriculum,
     deletions,
     demo,
     drift,
@@ -54,6 +55,9 @@ experiment.app.command("ablation", epilog="Example: lora-assets experiment ablat
     ablation.ablation
 )
 experiment.app.command(epilog="Example: lora-assets experiment continual continual.yaml --dry-run")(continual.continual)
+experiment.app.command(epilog="Example: lora-assets experiment curriculum curriculum.yaml --dry-run")(
+    curriculum.curriculum
+)
 app.add_typer(experiment.app, name="experiment")
 app.command(epilog="Example: lora-assets reproduce data/registry/brain/v3 --check-only")(reproduce.reproduce)
 app.command(epilog="Example: lora-assets trace data/registry/brain/v3 eval_loss")(trace.trace)

@@ -60,6 +60,7 @@ GRAPH = {
     "lmstudio_export": {"gguf"},
     "drift_report": {"registered_adapter", "brain_exports"},
     "hpo_study": {"merged_dataset", "dataset_profile"},
+    "curriculum_adapter": {"merged_dataset", "dataset_profile"},
     "continual_report": {"merged_dataset", "dataset_profile"},
     "ablation_report": {"merged_dataset", "dataset_profile"},
 }
@@ -140,7 +141,7 @@ def test_a_metadata_table_may_be_empty() -> None:
     [
         (
             "hf-peft",
-            {"adapter", "eval_report", "drift_report", "work_on_trials", "ablation_report"},
+            {"adapter", "eval_report", "drift_report", "work_on_trials", "ablation_report", "curriculum_adapter"},
             ["huggingface", "pytorch"],
         ),
         ("h2o", {"eval_report", "drift_report"}, ["h2o"]),
