@@ -10,6 +10,7 @@ from finetune.evaluation.models import EvalReport
 from finetune.export.models import GgufExport, MergedModel
 from finetune.publishing import read_manifest
 from finetune.registry.models import RegisteredVersion
+from finetune.search.ensemble_result import EnsembleResult
 from finetune.training.models import TrainingResult
 from lora_assets.assets.common import SETTINGS, key, log_progress, made_from, path, table
 from lora_assets.kubernetes import convert_step
@@ -100,6 +101,19 @@ def adapter_beats_base(eval_report: EvalReport) -> dg.AssetCheckResult:
     )
 
 
+@dg.asset_check(asset=key("ensemble_adapter"), partitions_def=dataset_dates)
+def combination_beats_best_member(ensemble_adapter: EnsembleResult) -> dg.AssetCheckResult:
+    """The combination's held-out loss is lower than its best member's.
+
+    Not blocking: one that is not is a normal outcome, and is not published.
+    """
+    return dg.AssetCheckResult(
+        passed=ensemble_adapter.status != "not_published",
+        severity=dg.AssetCheckSeverity.WARN,
+        description=ensemble_adapter.reason,
+    )
+
+
 @dg.asset_check(asset=key("registered_adapter"), partitions_def=dataset_dates, blocking=True)
 def version_unaltered(registered_adapter: RegisteredVersion, store: ArtifactStore) -> dg.AssetCheckResult:
     """The registered files hash to the version's SHA-256."""
@@ -187,6 +201,7 @@ ALL_CHECKS = [
     no_prompt_on_both_sides,
     adapter_whole_and_finite,
     adapter_beats_base,
+    combination_beats_best_member,
     version_unaltered,
     merged_equals_base_plus_adapter,
     gguf_answers_like_merged_model,

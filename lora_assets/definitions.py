@@ -9,7 +9,18 @@ import dagster as dg
 from pydantic import ValidationError
 
 from finetune.errors import ConfigurationError
-from lora_assets.assets import ablation, continual, curriculum, dataset, drift, evaluation, export, search, training
+from lora_assets.assets import (
+    ablation,
+    continual,
+    curriculum,
+    dataset,
+    drift,
+    ensemble,
+    evaluation,
+    export,
+    search,
+    training,
+)
 from lora_assets.checks import ALL_CHECKS, GGUF_CHECK
 from lora_assets.jobs import champion_drift, train_and_export
 from lora_assets.logs import console
@@ -172,6 +183,7 @@ def build_definitions(settings: Settings) -> dg.Definitions:
             *([export.lmstudio_export] if "lmstudio" in settings.targets else []),
             drift.drift_report,
             search.hpo_study,
+            ensemble.ensemble_adapter,
             curriculum.curriculum_adapter,
             ablation.ablation_report,
             continual.continual_report,

@@ -16,6 +16,7 @@ from lora_assets.cli import (
     deletions,
     demo,
     drift,
+    ensemble,
     experiment,
     gc,
     migrate,
@@ -58,6 +59,7 @@ experiment.app.command(epilog="Example: lora-assets experiment continual continu
 experiment.app.command(epilog="Example: lora-assets experiment curriculum curriculum.yaml --dry-run")(
     curriculum.curriculum
 )
+experiment.app.command(epilog="Example: lora-assets experiment ensemble ensemble.yaml --dry-run")(ensemble.ensemble)
 app.add_typer(experiment.app, name="experiment")
 app.command(epilog="Example: lora-assets reproduce data/registry/brain/v3 --check-only")(reproduce.reproduce)
 app.command(epilog="Example: lora-assets trace data/registry/brain/v3 eval_loss")(trace.trace)

@@ -60,6 +60,7 @@ GRAPH = {
     "lmstudio_export": {"gguf"},
     "drift_report": {"registered_adapter", "brain_exports"},
     "hpo_study": {"merged_dataset", "dataset_profile"},
+    "ensemble_adapter": {"merged_dataset", "dataset_profile"},
     "curriculum_adapter": {"merged_dataset", "dataset_profile"},
     "continual_report": {"merged_dataset", "dataset_profile"},
     "ablation_report": {"merged_dataset", "dataset_profile"},
@@ -108,6 +109,7 @@ def test_gates_block_and_a_lost_comparison_does_not(defs: dg.Definitions) -> Non
         "no_prompt_on_both_sides": True,
         "adapter_whole_and_finite": True,
         "adapter_beats_base": False,
+        "combination_beats_best_member": False,
         "champion_drift": False,
         "version_unaltered": True,
         "merged_equals_base_plus_adapter": True,
@@ -141,7 +143,16 @@ def test_a_metadata_table_may_be_empty() -> None:
     [
         (
             "hf-peft",
-            {"adapter", "eval_report", "drift_report", "work_on_trials", "ablation_report", "curriculum_adapter"},
+            {
+                "adapter",
+                "eval_report",
+                "drift_report",
+                "work_on_trials",
+                "ablation_report",
+                "ensemble_adapter",
+                "curriculum_adapter",
+                "continual_report",
+            },
             ["huggingface", "pytorch"],
         ),
         ("h2o", {"eval_report", "drift_report"}, ["h2o"]),

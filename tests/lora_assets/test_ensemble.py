@@ -1,0 +1,415 @@
+"""An ensemble with real trainings: what is combined, what is published, and what is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import dagster as dg
+import pytest
+
+from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME, adapter_hash
+from finetune.base_model.models import BaseModelRef
+from finetune.chat.encode import RecordEncoder
+from finetune.dataset.discovery import discover_exports
+from finetune.dataset.models import DatasetProfile, PreparedDataset
+from finetune.dataset.prepare import prepare_dataset
+from finetune.dataset.profile import profile_dataset
+from finetune.errors import ConfigurationError, TrainingError
+from finetune.evaluation.losses import read_losses
+from finetune.progress import ignore_progress
+from finetune.publishing import publish_directory, read_manifest, sha256_file
+from finetune.search.candidates import plan_of
+from finetune.search.ensemble import EnsembleSpec
+from finetune.search.ensemble_result import EnsembleResult
+from finetune.search.judging import halves
+from lora_assets.assets import ensemble as asset
+from lora_assets.assets.common import COMMON, made_from
+from lora_assets.checks import combination_beats_best_member
+from lora_assets.ensembles import run_ensemble
+from lora_assets.laboratory import Laboratory, make_bench, train
+from lora_assets.partitions import dataset_dates
+from lora_assets.settings import Settings
+from resources.artifact_store import ValueStore
+from resources.base_model import BaseModelSource
+from resources.run_log import RunLog
+
+if TYPE_CHECKING:
+    import torch
+
+PROGRAM = str(Path(sys.executable).with_name("lora-assets"))
+DATE = "2026-06-01"
+FIXED = {"max_steps": 4, "micro_batch": 2, "accumulation": 1, "max_length": 64, "lora_rank": 4, "learning_rate": 1e-3}
+Tensors = dict[str, "torch.Tensor"]
+
+
+def records(path: Path, count: int = 40) -> Path:
+    lines = [json.dumps({"instruction": f"Question {i}?", "output": f"Answer {i}."}) + "\n" for i in range(count)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(lines))
+    return path
+
+
+@pytest.fixture(scope="module")
+def root() -> Iterator[Path]:
+    """A data root whose path is short enough for the socket of an embedded server."""
+    with tempfile.TemporaryDirectory(prefix="la-", dir="/tmp") as short:
+        yield Path(short)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where ensembles run whose members are these trainings."""
+
+    laboratory: Laboratory
+    spec: EnsembleSpec
+    adapters: list[Path]
+
+    def run(self, **changes: Any) -> EnsembleResult:
+        """The ensemble with some fields changed."""
+        spec = EnsembleSpec.model_validate({**self.spec.model_dump(exclude_unset=True), **changes})
+        return run_ensemble(self.laboratory, spec, ignore_progress)
+
+
+@pytest.fixture(scope="module")
+def place(root: Path, tiny_model: BaseModelRef) -> Iterator[Place]:
+    """Three members: one trained but for noise, the same with the opposite noise, and garbage."""
+    settings = Settings(data_root=root / "data", base_model_name=str(tiny_model.path), eval_fraction=0.4)
+    spec = EnsembleSpec(dataset_path=records(root / "records.jsonl"), n_members=3, fixed=FIXED)
+    bench = make_bench(settings, spec, ignore_progress, weights=True)
+    run_log = RunLog(data_dir=str(settings.data_root))
+    laboratory = Laboratory(bench, settings, run_log, "ensemble")
+    adapters = [
+        train(laboratory, plan_of(spec, bench, each.params, method="lora"), on_progress=ignore_progress)
+        for each in spec.members
+    ]
+    paths = [each.request.adapter_dir for each in adapters]
+    trained = load(paths[0])
+
+    def plus(factor: float) -> Callable[[str, torch.Tensor], torch.Tensor]:
+        return lambda name, tensor: trained[name] + (factor * noise(name, tensor) if "lora_B" in name else 0)
+
+    replace_weights(paths[0], plus(0.3))
+    replace_weights(paths[1], plus(-0.3))
+    replace_weights(paths[2], lambda name, tensor: noise(name, tensor))
+    yield Place(laboratory, spec, paths)
+    run_log.close()
+
+
+def noise(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name)))
+
+
+def load(path: Path) -> Tensors:
+    from safetensors.torch import load_file
+
+    return load_file(path / WEIGHTS_NAME)
+
+
+def replace_weights(path: Path, change: Callable[[str, torch.Tensor], torch.Tensor]) -> None:
+    """Publish an adapter anew with other weights, as if its training had come to them."""
+    from safetensors.torch import save_file
+
+    manifest, tensors = read_manifest(path), load(path)
+    config = (path / CONFIG_NAME).read_bytes()
+    with publish_directory(path, kind="adapter") as staging:
+        save_file({name: change(name, tensor) for name, tensor in tensors.items()}, staging.path / WEIGHTS_NAME)
+        (staging.path / CONFIG_NAME).write_bytes(config)
+        staging.inputs, staging.parameters, staging.results = manifest.inputs, manifest.parameters, manifest.results
+
+
+def updates(path: Path) -> Tensors:
+    config, tensors = json.loads((path / CONFIG_NAME).read_bytes()), load(path)
+    scale = config["lora_alpha"] / config["r"]
+    return {
+        name: scale * tensors[name.replace("lora_A", "lora_B")] @ tensor
+        for name, tensor in tensors.items()
+        if "lora_A" in name
+    }
+
+
+def test_a_combination_that_a_bad_member_spoils_is_not_published(place: Place) -> None:
+    result = place.run(weighting="uniform")
+    assert result.status == "not_published"
+    assert result.adapter_path is None
+    assert not place.laboratory.settings.layout.adapter(result.name).exists()
+    assert result.verdict is not None
+    assert result.verdict.delta is not None
+    assert result.verdict.delta > 0
+    assert "the combination is worse" in result.reason
+    assert [member.weight for member in result.members] == pytest.approx([1 / 3] * 3)
+    # What was found is there all the same, and says why.
+    assert result.path is not None
+    assert "Not published: against the best member" in (result.path / "report.html").read_text()
+    assert set(read_manifest(result.path, kind="ensemble", verify="hashes").outputs) == {
+        "losses.png",
+        "report.html",
+        "report.json",
+    }
+
+
+def test_the_greedy_soup_leaves_the_bad_member_out_and_is_published(place: Place, tiny_model: BaseModelRef) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    result = place.run()
+    assert result.status == "published", result.model_dump_json(indent=1)
+    assert [member.weight for member in result.members] == [0.5, 0.5, 0.0]
+    assert [(taste.member, taste.kept) for taste in result.tastes][-1] == (2, False)
+    assert result.adapter_path is not None
+    # The opposite noise of both members is gone from the combination.
+    one, two, both = (updates(path) for path in (*place.adapters[:2], result.adapter_path))
+    for name, update in both.items():
+        assert torch.allclose(update, (one[name] + two[name]) / 2, atol=1e-6)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model.path)
+    loaded = PeftModel.from_pretrained(base, str(result.adapter_path))
+    assert loaded.peft_config["default"].r == 8
+    manifest = read_manifest(result.adapter_path, kind="adapter", verify="hashes")
+    assert manifest.results["adapter_hash"] == adapter_hash(result.adapter_path)
+    assert [member["weight"] for member in manifest.inputs["members"]] == [0.5, 0.5]
+    card = (result.adapter_path / "README.md").read_text()
+    assert "library_name: peft" in card
+    assert f"`{result.members[0].run_id}` | 0.5000" in card
+
+
+def test_every_figure_is_computed_from_the_evaluations_that_the_report_names(place: Place) -> None:
+    result = place.run()
+    assert result.path is not None
+    told = json.loads((result.path / "report.json").read_text())
+    dataset = place.laboratory.bench.dataset
+    assert told["dataset_fingerprint"] == dataset.fingerprint
+    evaluated = [member["evaluated"] for member in told["members"]] + [told["combination"]]
+    of_run = {}
+    for each in evaluated:
+        report = Path(each["report_path"]) / "report.json"
+        assert sha256_file(report) == each["report_sha256"]
+        found = json.loads(report.read_text())
+        assert (found["run_id"], found["adapter_hash"]) == (each["run_id"], each["adapter_hash"])
+        losses = read_losses(report.parent)
+        split = halves(dataset.eval_path, losses.lines)
+        for half in ("selection", "judging"):
+            rows = getattr(split, half)
+            mean = sum(losses.nats[row] for row in rows) / sum(losses.tokens[row] for row in rows)
+            assert each["figures"][f"{half}_loss"] == pytest.approx(mean, rel=1e-12)
+        of_run[each["run_id"]] = each["figures"]["judging_loss"]
+    best = next(member for member in told["members"] if member["name"] == told["best_member"])
+    assert told["verdict"]["delta"] == pytest.approx(of_run[told["name"]] - of_run[best["run_id"]])
+    assert told["verdict"]["delta"] < 0
+    assert told["selection_records"] + told["judging_records"] == len(losses.lines)
+
+
+def test_run_again_an_ensemble_is_taken_as_it_is_and_a_lost_report_repeats_no_training(place: Place) -> None:
+    log = place.laboratory.run_log
+    first = place.run()
+    rows = log.recent(100)
+    again = place.run()
+    assert again.reused
+    assert again.model_copy(update={"reused": False}) == first.model_copy(update={"reused": False})
+    assert first.path is not None
+    shutil.rmtree(first.path)
+    anew = place.run()
+    assert not anew.reused
+    assert anew.verdict == first.verdict
+    assert [row.id for row in log.recent(100)] == [row.id for row in rows]
+    assert not place.laboratory.settings.layout.work(first.name).exists()
+
+
+def test_a_member_whose_losses_are_no_numbers_is_left_out_of_every_weighting(place: Place) -> None:
+    import torch
+
+    before = load(place.adapters[2])
+    replace_weights(place.adapters[2], lambda name, tensor: torch.full_like(tensor, torch.nan))
+    try:
+        result = place.run(weighting="inverse_loss", goal="with a member of NaN", seed=place.spec.seed)
+    finally:
+        replace_weights(place.adapters[2], lambda name, tensor: before[name])
+    assert "no numbers" in result.members[2].fault
+    assert result.members[2].weight == 0
+    assert sum(member.weight for member in result.members) == pytest.approx(1)
+    assert result.status == "published"
+    assert result.path is not None
+    assert "no numbers" in (result.path / "report.html").read_text()
+
+
+def test_a_soup_of_one_member_is_not_published(place: Place) -> None:
+    result = place.run(weighting="softmax_loss", temperature=1e-6)
+    assert result.status == "not_published"
+    assert result.combination is None
+    assert "alone has a weight" in result.reason
+
+
+def test_members_that_all_diverge_are_an_error(place: Place) -> None:
+    fixed = {**FIXED, "learning_rate": 1e30, "warmup_ratio": 0.0}
+    with pytest.raises(TrainingError, match="no member can be used"):
+        place.run(fixed=fixed, n_members=2)
+
+
+def test_members_that_would_take_too_long_together_are_refused_before_any_is_trained(place: Place) -> None:
+    lab = place.laboratory
+    hurried = replace(lab, settings=lab.settings.model_copy(update={"max_gpu_hours": 1e-9}))
+    spec = EnsembleSpec(n_members=5, fixed=FIXED, tokens_per_second=1000)
+    with pytest.raises(ConfigurationError, match="2 trainings need about"):
+        run_ensemble(hurried, spec, ignore_progress)
+
+
+def materialize(settings: Settings, base: str, config: dict[str, Any]) -> dg.ExecuteInProcessResult:
+    layout = settings.layout
+    records(layout.exports / f"brain_dataset_{DATE}.jsonl")
+
+    @dg.asset(**COMMON)
+    def merged_dataset() -> PreparedDataset:
+        return prepare_dataset(
+            discover_exports(layout.exports), date=DATE, layout=layout, parameters=settings.prepare_parameters
+        )
+
+    @dg.asset(**COMMON, ins=made_from("merged_dataset"))
+    def dataset_profile(merged_dataset: PreparedDataset) -> DatasetProfile:
+        return profile_dataset(merged_dataset, encoder=RecordEncoder.load(Path(base)))
+
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions(str(dataset_dates.name), [DATE])
+        return dg.materialize(
+            [merged_dataset, dataset_profile, asset.ensemble_adapter, combination_beats_best_member],
+            partition_key=DATE,
+            instance=instance,
+            resources={
+                "io_manager": ValueStore(directory=str(layout.asset_values)),
+                "base_model": BaseModelSource(name=base, cache_dir=str(settings.data_root)),
+                "run_log": RunLog(data_dir=str(settings.data_root)),
+            },
+            run_config={"ops": {"brain__ensemble_adapter": {"config": config}}},
+        )
+
+
+def test_the_asset_shows_the_members_and_whether_the_combination_is_better(
+    root: Path, tiny_model: BaseModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(data_root=root / "dagster", eval_fraction=0.4)
+    monkeypatch.setattr(asset, "SETTINGS", settings)
+    config = {
+        "diversity": "folds",
+        "n_members": 2,
+        "combination": "ties",
+        "weighting": "uniform",
+        "fixed": FIXED,
+        "tokens_per_second": 1000,
+    }
+    proposed = materialize(settings, str(tiny_model.path), {**config, "dry_run": True})
+    (event,) = proposed.asset_materializations_for_node("brain__ensemble_adapter")
+    assert event.metadata["status"].value == "dry_run"
+    assert [row.data["steps"] for row in event.metadata["members"].value.records] == [4, 4]  # type: ignore[union-attr]
+    assert float(event.metadata["gpu_hours"].value) > 0  # type: ignore[arg-type]
+    assert not settings.layout.adapter("x").parent.exists()
+
+    result = materialize(settings, str(tiny_model.path), config)
+    (event,) = result.asset_materializations_for_node("brain__ensemble_adapter")
+    told = event.metadata
+    published = told["status"].value == "published"
+    assert ("adapter" in told) == published
+    assert str(told["losses"].value).startswith("![](data:image/png;base64,")
+    assert "</html>" in Path(str(told["report"].value)).read_text()
+    (check,) = result.get_asset_check_evaluations()
+    assert check.passed == published
+    assert check.severity == dg.AssetCheckSeverity.WARN
+    assert check.description == told["reason"].value
+    value = EnsembleResult.model_validate_json(
+        (settings.layout.asset_values / "brain/ensemble_adapter" / f"{DATE}.json").read_bytes()
+    )
+    assert [member.fold for member in value.members] == [0, 1]
+    assert len({member.dataset_fingerprint for member in value.members}) == 2
+
+
+def test_each_ensemble_asks_for_a_gpu() -> None:
+    wanted = asset.ensemble_adapter.op.tags["dagster-k8s/config"]
+    assert json.loads(wanted)["container_config"]["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert asset.ensemble_adapter.op.pool == "gpu"
+
+
+def command(directory: Path, tiny_model: BaseModelRef, *arguments: str) -> subprocess.Popen[str]:
+    environment = {
+        "PATH": os.environ["PATH"],
+        "NO_COLOR": "1",
+        "OMP_NUM_THREADS": "1",
+        "DATA_ROOT": "data",
+        "BASE_MODEL_NAME": str(tiny_model.path),
+        "EVAL_FRACTION": "0.4",
+        "GPU_HOUR_PRICE": "2",
+    }
+    return subprocess.Popen(
+        [PROGRAM, "experiment", "ensemble", "spec.yaml", *arguments],
+        cwd=directory,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+SPEC = f"""
+goal: a killed one
+dataset_path: records.jsonl
+diversity: ranks
+ranks: [2, 4]
+combination: svd
+weighting: uniform
+tokens_per_second: 1000
+fixed: {json.dumps({name: value for name, value in FIXED.items() if name != "lora_rank"} | {"max_steps": 8})}
+"""
+
+
+def test_an_ensemble_that_was_killed_in_a_training_goes_on_and_repeats_none(
+    root: Path, tiny_model: BaseModelRef
+) -> None:
+    directory = root / "cli"
+    records(directory / "records.jsonl")
+    (directory / "spec.yaml").write_text(SPEC)
+    proposing = command(directory, tiny_model, "--dry-run", "--json")
+    output, errors = proposing.communicate()
+    assert proposing.returncode == 0, errors
+    proposed = json.loads(output)
+    assert proposed["status"] == "dry_run"
+    assert [member["params"]["lora_rank"] for member in proposed["members"]] == [2, 4]
+    assert all(member["price"] == pytest.approx(2 * member["gpu_hours"]) for member in proposed["members"])
+    assert not (directory / "data" / "adapters").exists()
+
+    killed = command(directory, tiny_model)
+    assert killed.stderr is not None
+    told = ""
+    while "members: 1/2" not in told or "training: 1/8" not in told.split("members: 1/2")[1]:
+        line = killed.stderr.readline()
+        assert line, told
+        told += line
+    killed.kill()
+    assert killed.wait() == -signal.SIGKILL
+    (first,) = (directory / "data" / "adapters" / "brain").glob("[!.]*")
+    made = (first / "manifest.json").read_bytes()
+
+    again = command(directory, tiny_model, "--json")
+    output, errors = again.communicate()
+    assert again.returncode == 0, errors
+    result = EnsembleResult.model_validate_json(output)
+    assert result.members[0].run_id == first.name
+    assert (first / "manifest.json").read_bytes() == made
+    assert all(member.evaluated for member in result.members)
+    assert (result.status == "published") == (result.adapter_path is not None)
+    with_rows = RunLog(data_dir=str(directory / "data"))
+    try:
+        rows = {row.training_run_id: row for row in with_rows.recent()}
+    finally:
+        with_rows.close()
+    assert {run_id: (row.status, row.attempts) for run_id, row in rows.items()} == {
+        result.members[0].run_id: ("COMPLETED", 1),
+        result.members[1].run_id: ("COMPLETED", 2),
+    }
