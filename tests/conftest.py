@@ -31,6 +31,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 TOGETHER = (
     ("tests/e2e/test_demo.py", "tests/e2e/test_gates.py", "tests/e2e/test_regressions.py"),
     ("tests/finetune/export/",),
+    ("tests/finetune/reproduction/",),
     ("tests/finetune/training/",),
 )
 
