@@ -19,18 +19,7 @@ from lora_assets.settings import Settings
 from resources.artifact_store import ValueStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
-
-PROFILE = DatasetProfile(
-    total_samples=24,
-    format_detected="jsonl",
-    has_instruction=True,
-    has_output=True,
-    avg_tokens=30,
-    max_tokens=40,
-    columns=[],
-    duplicates_found=0,
-    total_tokens=720,
-)
+from tests.profiles import PROFILE
 
 
 @dg.asset(**COMMON)

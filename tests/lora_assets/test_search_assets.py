@@ -20,19 +20,9 @@ from lora_assets.settings import Settings
 from resources.artifact_store import ValueStore
 from resources.base_model import BaseModelSource
 from resources.study import StudyStore
+from tests.profiles import PROFILE
 
 DATE = "2026-06-01"
-PROFILE = DatasetProfile(
-    total_samples=24,
-    format_detected="jsonl",
-    has_instruction=True,
-    has_output=True,
-    avg_tokens=30,
-    max_tokens=40,
-    columns=[],
-    duplicates_found=0,
-    total_tokens=720,
-)
 CONFIG: dict[str, Any] = {
     "goal": "a low loss",
     "max_trials": 3,

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from finetune.base_model.models import BaseModelRef
-from finetune.dataset.models import DatasetProfile
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import make_plan
 from finetune.publishing import publish_directory, read_manifest
+from tests.profiles import PROFILE
 
 PROGRAM = str(Path(sys.executable).with_name("lora-assets"))
 
@@ -25,21 +25,10 @@ def directory(tmp_path: Path, tiny_model: BaseModelRef) -> Path:
     """A directory with a dataset and a plan of sixty steps."""
     lines = [json.dumps({"instruction": f"Question {i}?", "output": f"Answer {i}."}) + "\n" for i in range(24)]
     (tmp_path / "train.jsonl").write_text("".join(lines))
-    profile = DatasetProfile(
-        total_samples=24,
-        format_detected="jsonl",
-        has_instruction=True,
-        has_output=True,
-        avg_tokens=30,
-        max_tokens=40,
-        columns=[],
-        duplicates_found=0,
-        total_tokens=720,
-    )
     overrides = PlanOverrides(lora_rank=4, micro_batch=1, accumulation=2, max_steps=60, max_length=64)
     plan = make_plan(
         tiny_model.path,
-        profile,
+        PROFILE,
         task="instruction",
         method="lora",
         overrides=overrides,
