@@ -15,7 +15,6 @@ from finetune.adapter_files import adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import PreparedDataset
-from finetune.errors import ArtifactError, ConfigurationError
 from finetune.planning.models import TrainingPlan
 from finetune.publishing import read_manifest, sha256_file
 from finetune.registry.models import RegisteredVersion
@@ -40,10 +39,10 @@ PLAN: dict[str, Any] = {
     "init_from": "champion",
     "learning_rate": 5e-3,
     "max_length": 64,
-    "micro_batch": 8,
+    "micro_batch": 4,
     "accumulation": 1,
 }
-VALUES: dict[str, Any] = {**PLAN, "train_epochs": 6, "eval_fraction": 0.4}
+VALUES: dict[str, Any] = {**PLAN, "train_epochs": 4, "eval_fraction": 0.4}
 ASSETS = [
     dataset.merged_dataset,
     dataset.dataset_profile,
@@ -73,7 +72,7 @@ class Loop:
         exports = self.settings.layout.exports
         exports.mkdir(parents=True)
         for date, (thing, answer) in ANSWERS.items():
-            records = [{"instruction": f"Name the colour of {thing} {i}.", "output": answer} for i in range(60)]
+            records = [{"instruction": f"Name the colour of {thing} {i}.", "output": answer} for i in range(30)]
             lines = "".join(json.dumps(record) + "\n" for record in records)
             (exports / f"brain_dataset_{date}.jsonl").write_text(lines)
 

@@ -17,6 +17,7 @@ import pytest
 from finetune.errors import ArtifactError, ConfigurationError
 from finetune.progress import ignore_progress
 from finetune.publishing import publish_directory, read_manifest
+from finetune.training.attempt import LOG_NAME
 from finetune.training.init_adapter import plan_like, read_init_adapter
 from finetune.training.models import InitAdapter, TrainingRequest
 from finetune.training.sft import dry_run, train_adapter
@@ -64,7 +65,7 @@ def weights_of(adapter: Path) -> dict[str, Any]:
 def test_a_training_begins_where_the_adapter_ended(make_request: MakeRequest, kind: dict[str, Any]) -> None:
     import numpy as np
 
-    before = make_request(place="before", records=OTHER_RECORDS, max_steps=3, **kind)
+    before = make_request(place="before", records=OTHER_RECORDS, max_steps=2, **kind)
     train_adapter(before)
     request = starting_from(make_request(place="after", **kind, **STILL), before.adapter_dir)
     result = train_adapter(request)
@@ -73,8 +74,14 @@ def test_a_training_begins_where_the_adapter_ended(make_request: MakeRequest, ki
     for name, tensor in old.items():
         np.testing.assert_allclose(new[name], tensor, atol=1e-9, err_msg=name)
     assert result.trainable_params == sum(tensor.size for tensor in old.values())
-    fresh = make_request(place="fresh", **kind, **STILL)
-    assert train_adapter(fresh).loss_curve[0].loss != result.loss_curve[0].loss
+
+
+def test_what_the_adapter_has_learned_need_not_be_learned_again(
+    first: TrainingRequest, make_request: MakeRequest
+) -> None:
+    losses = [point["loss"] for point in map(json.loads, (first.adapter_dir / LOG_NAME).read_text().splitlines())]
+    again = starting_from(make_request(records=OTHER_RECORDS, max_steps=1), first.adapter_dir)
+    assert train_adapter(again).loss_curve[0].loss < (losses[0] + losses[-1]) / 2
 
 
 def test_what_pissa_made_is_gone_on_with_as_the_plain_lora_of_twice_the_rank_that_it_is(
