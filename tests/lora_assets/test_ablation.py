@@ -19,16 +19,17 @@ from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.dataset.prepare import prepare_dataset
 from finetune.dataset.profile import profile_dataset
-from finetune.errors import ConfigurationError
+from finetune.errors import ArtifactError, ConfigurationError
+from finetune.evaluation.losses import read_losses
 from finetune.progress import ignore_progress
 from finetune.publishing import read_manifest, sha256_file
-from finetune.search.ablation import AblationSpec
+from finetune.search.ablation import AblationSpec, arms_of
 from finetune.search.models import StepResult
 from finetune.search.spec import spec_of
 from lora_assets.ablation import run_ablation
 from lora_assets.assets import ablation
 from lora_assets.assets.common import COMMON
-from lora_assets.laboratory import make_bench
+from lora_assets.laboratory import Laboratory, make_bench, request_for, train
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import Settings
 from resources.artifact_store import ValueStore
@@ -183,7 +184,12 @@ def test_every_figure_leads_to_the_adapter_and_the_evaluation_that_it_was_made_f
             assert adapter.results["adapter_hash"] == run["adapter_hash"]
             report = Path(run["evaluation"], "report.json")
             assert sha256_file(report) == run["evaluation_sha256"]
-            assert json.loads(report.read_bytes())["eval_loss"] == run["loss"]
+            evaluation = json.loads(report.read_bytes())
+            assert evaluation["eval_loss"] == run["loss"]
+            records = read_losses(report.parent)
+            assert len(records.lines) == len(records.nats) == evaluation["records"]
+            assert sum(records.nats) / sum(records.tokens) == pytest.approx(run["loss"])
+            assert sum(records.base_nats) / sum(records.tokens) == pytest.approx(evaluation["base_loss"])
         losses = [run["loss"] for run in arm["runs"]]
         assert losses[0] != losses[1]
         assert arm["mean"] == pytest.approx(sum(losses) / 2)
@@ -218,6 +224,41 @@ def test_a_part_of_it_trains_nothing_and_a_whole_report_is_taken_as_it_is(
     assert told["conclusion"] in printed(directory, tiny_model, "experiment", "ablation", "rank.yaml")
     assert report.stat().st_ino == made
     assert adapters(directory) == known
+
+
+def test_a_row_that_was_left_running_when_its_adapter_was_published_is_completed(
+    gone_on: dict[str, Any], settings: Settings, tiny_model: BaseModelRef
+) -> None:
+    spec = spec_of({**RANK_ALONE, "dataset_date": DATE}, AblationSpec, where="here")
+    own = settings.model_copy(update={"base_model_name": str(tiny_model.path)})
+    bench = make_bench(own, spec, ignore_progress, weights=True)
+    run_log = RunLog(data_dir=str(settings.data_root))
+    laboratory = Laboratory(bench, own, run_log, "ablation of another name")
+    plan = arms_of(spec, bench)[0].plans[0]
+    request = request_for(laboratory, plan)
+    try:
+        row = run_log.start(
+            run_id=request.run_id,
+            dataset_paths=[],
+            base_model="tiny",
+            backend="hf-peft",
+            dagster_root_run_id=laboratory.label,
+        )
+        trained = train(laboratory, plan, on_progress=ignore_progress)
+        assert trained.result.reused
+        assert trained.request == request
+        status = {each.id: each.status for each in run_log.recent()}
+    finally:
+        run_log.close()
+    assert status[row] == "COMPLETED"
+    assert gone_on["result"].data["arms"][0]["runs"][0]["run_id"] == request.run_id
+
+
+def test_records_losses_that_were_altered_are_refused(gone_on: dict[str, Any], tmp_path: Path) -> None:
+    evaluation = Path(gone_on["result"].data["arms"][0]["runs"][0]["evaluation"])
+    (tmp_path / "losses.json").write_bytes((evaluation / "losses.json").read_bytes()[:-20])
+    with pytest.raises(ArtifactError, match="losses cannot be read"):
+        read_losses(tmp_path)
 
 
 def test_all_trainings_are_priced_and_refused_above_what_they_may_take_together(

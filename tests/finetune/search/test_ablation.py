@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finetune.base_model.models import BaseModelRef
-from finetune.dataset.models import Counts, DatasetProfile, PreparedDataset
+from finetune.dataset.models import Counts, PreparedDataset
 from finetune.errors import ConfigurationError
 from finetune.evaluation.losses import RecordLosses
 from finetune.planning.history import Measurement
@@ -25,6 +25,7 @@ from finetune.search.ablation_report import (
 )
 from finetune.search.candidates import Bench
 from finetune.search.spec import read_spec, spec_of
+from tests.profiles import PROFILE
 
 FIXED = {"max_steps": 4, "micro_batch": 1, "accumulation": 1, "max_length": 64}
 
@@ -42,17 +43,7 @@ def bench(tiny_model: BaseModelRef, tmp_path: Path) -> Bench:
             rejects_by_file={},
             records_by_file={},
         ),
-        profile=DatasetProfile(
-            total_samples=24,
-            format_detected="jsonl",
-            has_instruction=True,
-            has_output=True,
-            avg_tokens=30,
-            max_tokens=40,
-            columns=[],
-            duplicates_found=0,
-            total_tokens=720,
-        ),
+        profile=PROFILE,
         base_model=tiny_model,
         device="cpu",
         price_per_gpu_hour=2.0,
@@ -239,7 +230,7 @@ def test_a_configuration_that_failed_is_a_row_with_its_reason_and_is_tried_again
     assert [arm.verdict for arm in result.arms] == ["base", "worse", "failed", "same"]
     assert result.arms[2].difference is None
     assert "with lora_rank 32 1 of 3 trainings failed: the loss diverged" in result.conclusion
-    publish_ablation(tmp_path / "report", result)
+    publish_ablation(tmp_path / "report", result, MANIFEST)
     assert read_ablation(tmp_path / "report", "data", "model") is None
     nothing = found(bench, tmp_path, effects, failed=BASE)
     assert nothing.conclusion.startswith("nothing can be told: of the base configuration 1 of 3 trainings failed")
@@ -249,9 +240,9 @@ def test_a_configuration_that_failed_is_a_row_with_its_reason_and_is_tried_again
 def test_a_report_is_published_with_every_figure_and_what_it_was_made_from(bench: Bench, tmp_path: Path) -> None:
     result = found(bench, tmp_path, {BASE: 0.0, "lora_rank 2": 0.3, "lora_rank 32": -0.2, "lora_rank 64": 0.0})
     directory = tmp_path / "report"
-    publish_ablation(directory, result)
+    publish_ablation(directory, result, MANIFEST)
     manifest = read_manifest(directory, kind="ablation", verify="hashes")
-    assert set(manifest.outputs) == {"lora_rank.png", "report.html", "report.json"}
+    assert set(manifest.outputs) == {"experiment_manifest.json", "lora_rank.png", "report.html", "report.json"}
     assert manifest.results["conclusion"] == result.conclusion
     assert read_ablation(directory, "data", "model") == result
     assert read_ablation(directory, "other data", "model") is None
