@@ -15,6 +15,8 @@ from finetune.evaluation.figures import RESAMPLES
 from finetune.evaluation.losses import RecordLosses
 from finetune.evaluation.statistics import bootstrap_ci95
 from finetune.publishing import publish_directory
+from finetune.reproduction.manifest import write_manifest
+from finetune.reproduction.models import ExperimentManifest
 from finetune.search.curriculum import CurriculumSpec
 from finetune.search.lessons import Lesson, Lessons
 from finetune.search.models import StepResult
@@ -23,6 +25,8 @@ from finetune.search.stage_files import FileCounts
 
 KIND = "curriculum"
 CAPTIONS = {"held_out.png": "Held-out loss after each stage, and of the same data shuffled at as many steps"}
+# Not even if all of fewer pairs agreed would a two-sided sign test tell at 5 %: an interval of so few is no evidence.
+_FEWEST_RECORDS = 6
 
 Verdict = Literal["better", "worse", "undecided"]
 
@@ -113,9 +117,11 @@ def change(before: Sequence[float], after: RecordLosses, *, seed: int) -> tuple[
     )
 
 
-def verdict_of(ci95: tuple[float, float]) -> Verdict:
-    """What the interval of curriculum minus shuffled says: undecided where it holds zero."""
+def verdict_of(ci95: tuple[float, float], records: int) -> Verdict:
+    """What the interval of curriculum minus shuffled says: undecided where it holds zero, or is of too few records."""
     low, high = ci95
+    if records < _FEWEST_RECORDS:
+        return "undecided"
     return "better" if high < 0 else "worse" if low > 0 else "undecided"
 
 
@@ -125,13 +131,14 @@ def conclude(stages: Sequence[LessonOutcome], shuffled: LessonOutcome, ci95: tup
         "better": "The curriculum is better than the same data shuffled",
         "worse": "The curriculum is worse than the same data shuffled",
         "undecided": "It is undecided whether the curriculum is better than the same data shuffled",
-    }[verdict_of(ci95)]
+    }[verdict_of(ci95, records)]
     last = stages[-1]
+    few = f" {records} held-out records are too few to tell." if records < _FEWEST_RECORDS else ""
     return (
         f"{said}: held-out loss {last.eval_loss:.4f} against {shuffled.eval_loss:.4f} nats per token, a difference of "
         f"{last.eval_loss - shuffled.eval_loss:+.4f} (95 % interval {ci95[0]:+.4f} to {ci95[1]:+.4f}, paired over "
         f"{records} records), after {shuffled.steps} steps each, on {sum(stage.tokens for stage in stages)} and "
-        f"{shuffled.tokens} tokens. One seed was trained: the interval tells of other records, not of other seeds."
+        f"{shuffled.tokens} tokens.{few} One seed was trained: the interval tells of other records, not of other seeds."
     )
 
 
@@ -217,8 +224,8 @@ def result_of(report: CurriculumReport, directory: Path) -> StepResult:
     )
 
 
-def publish_curriculum_report(directory: Path, report: CurriculumReport) -> None:
-    """Publish ``report.json``, ``report.html`` and the curve, in the place of an earlier report of the same curriculum.
+def publish_curriculum_report(directory: Path, report: CurriculumReport, manifest: ExperimentManifest) -> None:
+    """Publish ``report.json``, ``report.html``, the curve and the manifest, in the place of an earlier report.
 
     Raises:
         StorageFullError: the disk is full.
@@ -230,6 +237,7 @@ def publish_curriculum_report(directory: Path, report: CurriculumReport) -> None
             (staging.path / file).write_bytes(picture)
         (staging.path / "report.html").write_text(page, encoding="utf-8")
         (staging.path / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_manifest(staging.path, manifest)
         staging.inputs = report_inputs(report)
         staging.results = {"verdict": report.verdict, "difference": report.difference}
 

@@ -420,13 +420,14 @@ def test_a_base_loss_is_measured_once_whatever_file_the_record_is_in(
         losses()(encoded)
 
 
-def test_the_verdict_is_undecided_where_the_interval_holds_zero() -> None:
-    assert [verdict_of(ci95) for ci95 in ((-0.2, -0.1), (0.1, 0.2), (-0.1, 0.2), (0.0, 0.1))] == [
+def test_the_verdict_is_undecided_where_the_interval_holds_zero_or_is_of_too_few_records() -> None:
+    assert [verdict_of(ci95, 6) for ci95 in ((-0.2, -0.1), (0.1, 0.2), (-0.1, 0.2), (0.0, 0.1))] == [
         "better",
         "worse",
         "undecided",
         "undecided",
     ]
+    assert verdict_of((-0.2, -0.1), 5) == "undecided"
     ours = RecordLosses(lines=[1, 2, 3], tokens=[10, 20, 30], base_nats=[9, 9, 9], nats=[10.0, 30.0, 30.0])
     difference, (low, high) = change([15.0, 40.0, 45.0], ours, seed=0)
     assert difference == pytest.approx(-0.5)
