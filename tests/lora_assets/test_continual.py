@@ -31,6 +31,7 @@ from resources.artifact_store import ArtifactStore, ValueStore
 from resources.base_model import BaseModelSource
 from resources.peft_trainer import PeftTrainer
 from resources.run_log import RunLog
+from tests.lora_assets.traces import traced
 
 OLD, NEW = "2026-06-01", "2026-06-02"
 # One question, whose answer is another one in new data: who learns it forgets the old answer.
@@ -262,6 +263,9 @@ def test_without_replay_the_old_is_forgotten_and_with_it_less(compared: dict[str
 
 def test_the_report_tells_each_figure_and_where_it_comes_from(compared: dict[str, Any], loop: Loop) -> None:
     result, directory = report_of(compared), Path(compared["path"])
+    manifest = traced(directory, loop.settings.layout)
+    assert [entry.run_id for entry in manifest.trainings] == [arm.run_id for arm in result.arms if arm.run_id]
+    assert len(manifest.figures) == 2 * (len(result.arms) + len(result.changes) // 2) + 2
     names = ["base model", "champion", "continued", "continued without replay", "from scratch"]
     assert [arm.name for arm in result.arms] == names
     page = (directory / "report.html").read_text()
@@ -337,6 +341,33 @@ def test_the_command_finds_the_same_report(
     refused = CliRunner().invoke(app, ["experiment", "continual", str(spec)])
     assert refused.exit_code != 0
     assert "name a dataset_date, not a dataset_path" in refused.output.replace("\n", " ")
+
+
+def test_the_train_command_goes_on_from_a_version_with_its_method_and_size(
+    loop: Loop, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    first, prepared = get_version(loop.settings.layout.registry, "v1"), loop.plan(NEW).continued
+    assert prepared is not None
+    monkeypatch.setenv("TRAIN_EPOCHS", "0.2")
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path))
+    arguments = ["train", "--base-model", str(loop.settings.base_model_name), "--init-from", str(first.stored_path)]
+    arguments += ["--dataset", str(prepared.dataset.train_path), "--output", str(tmp_path / "a"), "--json"]
+    proposed = CliRunner().invoke(app, [*arguments, "--dry-run"])
+    assert proposed.exit_code == 0, proposed.output
+    plan = json.loads(proposed.stdout)["plan"]["trial_config"]
+    assert (plan["method"], plan["lora_rank"]) == ("lora", first.lineage["plan"]["lora_rank"])
+    assert not (tmp_path / "a").exists()
+    trained = CliRunner().invoke(app, arguments)
+    assert trained.exit_code == 0, trained.output
+    told = read_manifest(tmp_path / "a", kind="adapter").inputs["init_adapter"]
+    assert told == {"run_id": first.run_id, "adapter_hash": first.adapter_hash}
+
+    refused = CliRunner().invoke(app, [*arguments, "--method", "prefix", "--dry-run"])
+    assert refused.exit_code == 1
+    assert "peft_type is 'LORA' there, 'PREFIX_TUNING' here" in refused.output.replace("\n", " ")
+    elsewhere = CliRunner().invoke(app, [*arguments[:3], "--init-from", str(tmp_path / "none"), *arguments[5:]])
+    assert elsewhere.exit_code == 1
+    assert "no adapter here" in elsewhere.output
 
 
 def test_a_date_without_an_earlier_champion_has_nothing_to_compare(loop: Loop) -> None:
