@@ -18,6 +18,7 @@ from finetune.errors import DatasetError
 from finetune.evaluation.figures import RESAMPLES
 from finetune.evaluation.statistics import bootstrap_ci95
 from finetune.planning.models import TrainableMethod
+from finetune.registry.champion import LEAST_RECORDS
 from finetune.search.spec import TrainingSpec
 
 ArmName = Literal["base model", "champion", "continued", "continued without replay", "from scratch"]
@@ -86,6 +87,8 @@ class Change(BaseModel):
     arm: ArmName
     against: ArmName
     part: Part
+    # held out, of that part
+    records: int
     # the trainings that it was computed from; None for the base model
     run_ids: tuple[str | None, str | None]
     change: float
@@ -94,8 +97,8 @@ class Change(BaseModel):
 
     @property
     def shown(self) -> bool:
-        """Whether the whole interval lies on one side of zero."""
-        return self.ci95[0] > 0 or self.ci95[1] < 0
+        """Whether the whole interval lies on one side of zero, and there are enough records for one."""
+        return self.records >= LEAST_RECORDS and (self.ci95[0] > 0 or self.ci95[1] < 0)
 
 
 class ContinualResult(BaseModel):
@@ -180,6 +183,7 @@ def measured(arms: list[Arm], losses: Losses, *, seed: int) -> tuple[list[Arm], 
             arm=ours.name,
             against=theirs.name,
             part=part,
+            records=int(chosen.sum()),
             run_ids=(ours.run_id, theirs.run_id),
             change=loss(ours.name, part) - loss(theirs.name, part),
             ci95=bootstrap_ci95(differences, losses.tokens[chosen], resamples=RESAMPLES, seed=seed),
