@@ -22,7 +22,9 @@ from finetune.search.ablation_report import (
 )
 from finetune.search.candidates import Bench
 from finetune.search.models import StepResult
+from finetune.search.traced import ablation_figures
 from lora_assets.laboratory import Laboratory, evaluate, request_for, train
+from lora_assets.manifests import manifest_of
 from lora_assets.settings import Settings
 from resources.run_log import RunLog
 
@@ -73,7 +75,17 @@ def run_ablation(
         arms=figures,
         conclusion=conclusion_of(spec, figures),
     )
-    publish_ablation(directory, result)
+    ended = [run for arm in result.arms for run in arm.runs if run.adapter is not None]
+    manifest = manifest_of(
+        settings,
+        spec,
+        kind="ablation_report",
+        name=name,
+        seed=spec.seed,
+        trainings={run.adapter: [run.evaluation] if run.evaluation else [] for run in ended if run.adapter},
+        figures=ablation_figures(result),
+    )
+    publish_ablation(directory, result, manifest)
     return step_result(result, directory)
 
 

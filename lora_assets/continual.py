@@ -23,8 +23,10 @@ from finetune.registry.store import get_version
 from finetune.search.candidates import Bench, plan_of
 from finetune.search.continual import Arm, ArmName, ContinualResult, ContinualSpec, Losses, concluded, measured
 from finetune.search.continual_report import publish_report, read_report
+from finetune.search.traced import continual_figures
 from finetune.training.continuation import continued_plan, init_adapter_of
 from lora_assets.laboratory import Laboratory, evaluate, train
+from lora_assets.manifests import manifest_of
 from lora_assets.settings import Settings
 
 
@@ -128,7 +130,21 @@ def run_continual(laboratory: Laboratory, spec: ContinualSpec, on_progress: Prog
             }
         )
         result = result.model_copy(update={"conclusion": concluded(result)})
-        publish_report(directory, result)
+        places = {version.run_id: version.stored_path}
+        manifest = manifest_of(
+            settings,
+            spec,
+            kind="continual_report",
+            name=name,
+            seed=spec.seed,
+            trainings={
+                places.get(arm.run_id, settings.layout.adapter(arm.run_id)): [arm.report_path]
+                for arm in arms
+                if arm.run_id and arm.report_path
+            },
+            figures=continual_figures(result),
+        )
+        publish_report(directory, result, manifest)
     return result.model_copy(update={"path": directory})
 
 

@@ -36,8 +36,10 @@ from finetune.search.difficulty import Records, read_facts
 from finetune.search.lessons import Lesson, Lessons, lay_out, stages_by_difficulty, stages_of_exports
 from finetune.search.models import StepResult
 from finetune.search.stage_files import FileCounts, StageFiles, prepare_stage_files
+from finetune.search.traced import curriculum_figures
 from finetune.training.models import InitAdapter
 from lora_assets.laboratory import Laboratory, Trained, evaluate, train
+from lora_assets.manifests import manifest_of
 from lora_assets.settings import Settings
 from resources.run_log import RunLog
 
@@ -159,7 +161,15 @@ def run_curriculum(
     publish_adapter(report, stages[-1].trained.request, [stage.trained.result for stage in stages])
     directory = layout.experiment(curriculum.name)
     if find_published(directory, kind=KIND, inputs=report_inputs(report)) is None:
-        publish_curriculum_report(directory, report)
+        manifest = manifest_of(
+            settings,
+            curriculum.spec,
+            kind="curriculum_adapter",
+            name=curriculum.name,
+            trainings={each.adapter_path: [each.evaluation] for each in (*report.stages, report.shuffled)},
+            figures=curriculum_figures(report),
+        )
+        publish_curriculum_report(directory, report, manifest)
     return result_of(report, directory)
 
 

@@ -24,7 +24,9 @@ from finetune.search.ensemble_report import publish_combination, publish_report,
 from finetune.search.ensemble_result import EnsembleResult, Evaluated, Member, Verdict
 from finetune.search.judging import Halves, figures, halves, judge
 from finetune.search.mixing import mix
+from finetune.search.traced import combination_of, ensemble_figures
 from lora_assets.laboratory import Laboratory, evaluate, request_for, train
+from lora_assets.manifests import manifest_of
 
 
 def propose(spec: EnsembleSpec, bench: Bench) -> EnsembleResult:
@@ -83,7 +85,21 @@ def run_ensemble(laboratory: Laboratory, spec: EnsembleSpec, on_progress: Progre
                 result = result.model_copy(update={"status": "published", "adapter_path": layout.adapter(name)})
                 publish_combination(Path(combined), layout.adapter(name), result, bench.base_model)
         shutil.rmtree(work, ignore_errors=True)
-        publish_report(layout.experiment(name), result)
+        manifest = manifest_of(
+            laboratory.settings,
+            spec,
+            kind="ensemble_adapter",
+            name=name,
+            seed=spec.seed,
+            trainings={
+                each.adapter_path: [each.evaluated.report_path] if each.evaluated else []
+                for each in result.members
+                if each.adapter_path
+            },
+            figures=ensemble_figures(result),
+            combinations=combination_of(result),
+        )
+        publish_report(layout.experiment(name), result, manifest)
     return result.model_copy(update={"path": layout.experiment(name)})
 
 

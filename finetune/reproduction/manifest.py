@@ -118,8 +118,9 @@ def training_entry(adapter: Path, reports: Sequence[Path]) -> TrainingEntry | No
     if not is_complete(adapter):
         return None
     manifest = read_manifest(adapter)
+    evaluations = [evaluation_of(report) for report in reports]
     if "request" not in manifest.inputs:
-        return None
+        return _registered_entry(adapter, evaluations)
     result = TrainingResult.model_validate({**manifest.results, "adapter_path": adapter, "loss_curve": []})
     return TrainingEntry.model_validate(
         {
@@ -127,10 +128,21 @@ def training_entry(adapter: Path, reports: Sequence[Path]) -> TrainingEntry | No
             "result": result,
             "code_version": manifest.inputs["code_version"],
             "outputs": manifest.outputs,
-            "evaluations": [evaluation_of(report) for report in reports],
+            "evaluations": evaluations,
             "provenance": manifest.inputs.get("provenance"),
         }
     )
+
+
+def _registered_entry(adapter: Path, evaluations: list[Evaluation]) -> TrainingEntry | None:
+    """The training of a registered version, whose manifest holds it."""
+    if not (adapter / EXPERIMENT_MANIFEST).is_file():
+        return None
+    manifest = read_experiment_manifest(adapter)
+    for entry in manifest.trainings if isinstance(manifest, VersionManifest) else []:
+        result = entry.result.model_copy(update={"adapter_path": adapter})
+        return entry.model_copy(update={"result": result, "evaluations": evaluations})
+    return None
 
 
 def evaluation_of(directory: Path) -> Evaluation:

@@ -35,6 +35,8 @@ def why_not_prepared(dataset: DatasetInput, at_hand: AtHand, places: Places) -> 
     """Why a dataset cannot be prepared again; empty if it can."""
     if not dataset.exports:
         return "it was taken from other datasets" if dataset.datasets else "it was not prepared from exports"
+    if not dataset.parameters:
+        return "its records were taken from files by an experiment"
     missing = sum(sha256 not in at_hand.exports for sha256 in dataset.exports)
     if missing:
         return f"{missing} of its {len(dataset.exports)} exports are not at hand"

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune.planning.models import TrialConfig
 from finetune.publishing import find_published, publish_directory
+from finetune.reproduction.manifest import write_manifest
+from finetune.reproduction.models import ExperimentManifest
 from finetune.search.ablation import AblationSpec, Arm, Setting, shown, shown_value
 from finetune.search.ablation_plots import pictures
 from finetune.search.comparison import Difference, holm, mean_ci95, paired_difference
@@ -196,8 +198,8 @@ def _and(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def publish_ablation(directory: Path, result: AblationResult) -> None:
-    """Publish ``report.json``, ``report.html`` and the pictures, in the place of an earlier report of the ablation.
+def publish_ablation(directory: Path, result: AblationResult, manifest: ExperimentManifest) -> None:
+    """Publish ``report.json``, ``report.html``, pictures and manifest, in the place of an earlier report of the same.
 
     Raises:
         StorageFullError: the disk is full.
@@ -217,6 +219,7 @@ def publish_ablation(directory: Path, result: AblationResult) -> None:
             (staging.path / file).write_bytes(picture)
         (staging.path / "report.html").write_text(page, encoding="utf-8")
         (staging.path / REPORT).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_manifest(staging.path, manifest)
         staging.inputs = dict(zip(_INPUTS, (result.dataset_fingerprint, result.base_model_fingerprint), strict=True))
         staging.parameters = result.spec.model_dump(mode="json")
         staging.results = step_result(result, directory).metadata

@@ -9,6 +9,8 @@ from pydantic import ValidationError
 from finetune.canvas import BAD, GOOD, LINE, PLAIN, canvas, png
 from finetune.errors import ArtifactError
 from finetune.publishing import is_complete, publish_directory, read_manifest
+from finetune.reproduction.manifest import write_manifest
+from finetune.reproduction.models import ExperimentManifest
 from finetune.search.continual import PARTS, ContinualResult
 from finetune.search.page import render_page
 
@@ -19,8 +21,8 @@ CAPTIONS = {
 }
 
 
-def publish_report(directory: Path, result: ContinualResult) -> None:
-    """Publish ``report.json``, ``report.html`` and the pictures, in the place of an earlier report of the same.
+def publish_report(directory: Path, result: ContinualResult, manifest: ExperimentManifest) -> None:
+    """Publish ``report.json``, ``report.html``, pictures and manifest, in the place of an earlier report of the same.
 
     Raises:
         StorageFullError: the disk is full.
@@ -32,6 +34,7 @@ def publish_report(directory: Path, result: ContinualResult) -> None:
             (staging.path / file).write_bytes(picture)
         (staging.path / "report.html").write_text(page, encoding="utf-8")
         (staging.path / "report.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_manifest(staging.path, manifest)
         staging.inputs = {"dataset": result.dataset_fingerprint, "base_model": result.base_fingerprint}
         staging.parameters = result.spec.model_dump(mode="json")
         staging.results = {"conclusion": result.conclusion}

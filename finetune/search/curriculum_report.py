@@ -15,6 +15,8 @@ from finetune.evaluation.figures import RESAMPLES
 from finetune.evaluation.losses import RecordLosses
 from finetune.evaluation.statistics import bootstrap_ci95
 from finetune.publishing import publish_directory
+from finetune.reproduction.manifest import write_manifest
+from finetune.reproduction.models import ExperimentManifest
 from finetune.search.curriculum import CurriculumSpec
 from finetune.search.lessons import Lesson, Lessons
 from finetune.search.models import StepResult
@@ -222,8 +224,8 @@ def result_of(report: CurriculumReport, directory: Path) -> StepResult:
     )
 
 
-def publish_curriculum_report(directory: Path, report: CurriculumReport) -> None:
-    """Publish ``report.json``, ``report.html`` and the curve, in the place of an earlier report of the same curriculum.
+def publish_curriculum_report(directory: Path, report: CurriculumReport, manifest: ExperimentManifest) -> None:
+    """Publish ``report.json``, ``report.html``, the curve and the manifest, in the place of an earlier report.
 
     Raises:
         StorageFullError: the disk is full.
@@ -235,6 +237,7 @@ def publish_curriculum_report(directory: Path, report: CurriculumReport) -> None
             (staging.path / file).write_bytes(picture)
         (staging.path / "report.html").write_text(page, encoding="utf-8")
         (staging.path / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_manifest(staging.path, manifest)
         staging.inputs = report_inputs(report)
         staging.results = {"verdict": report.verdict, "difference": report.difference}
 

@@ -12,6 +12,8 @@ from finetune.base_model.card import base_model_line, read_licence
 from finetune.base_model.models import BaseModelRef
 from finetune.errors import ArtifactError
 from finetune.publishing import is_complete, publish_directory, read_manifest
+from finetune.reproduction.manifest import write_manifest
+from finetune.reproduction.models import ExperimentManifest
 from finetune.search.ensemble_plots import losses_png, soup_png
 from finetune.search.ensemble_result import EnsembleResult
 from finetune.search.page import render_page
@@ -24,8 +26,8 @@ CAPTIONS = {
 }
 
 
-def publish_report(directory: Path, result: EnsembleResult) -> None:
-    """Publish ``report.json``, ``report.html`` and the pictures.
+def publish_report(directory: Path, result: EnsembleResult, manifest: ExperimentManifest) -> None:
+    """Publish ``report.json``, ``report.html``, the pictures and the manifest.
 
     Raises:
         StorageFullError: the disk is full.
@@ -39,6 +41,7 @@ def publish_report(directory: Path, result: EnsembleResult) -> None:
             (staging.path / file).write_bytes(picture)
         (staging.path / "report.html").write_text(page, encoding="utf-8")
         (staging.path / "report.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        write_manifest(staging.path, manifest)
         staging.inputs = {"dataset": result.dataset_fingerprint, "base_model": result.base_fingerprint}
         staging.parameters = result.spec.model_dump(mode="json")
         staging.results = {"status": result.status, "reason": result.reason}

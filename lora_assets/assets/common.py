@@ -10,6 +10,8 @@ import dagster as dg
 from finetune.errors import ConfigurationError
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import read_manifest
+from finetune.reproduction.manifest import read_experiment_manifest
+from finetune.reproduction.models import EXPERIMENT_MANIFEST
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import load_settings
 from resources.retries import RETRY_POLICY
@@ -88,6 +90,17 @@ def published_files(directory: Path) -> dg.TableMetadataValue:
     """Name, size and SHA-256 of each file of a published directory, as its manifest says."""
     outputs = read_manifest(directory).outputs
     return table([{"file": name, "bytes": entry.size, "sha256": entry.sha256} for name, entry in outputs.items()])
+
+
+def made_of(report: Path) -> dict[str, dg.MetadataValue | str]:
+    """What an experiment's report was made from, as its manifest says."""
+    manifest = read_experiment_manifest(report)
+    requests = [entry.request for entry in manifest.trainings]
+    return {
+        "manifest": path(report / EXPERIMENT_MANIFEST),
+        "run_ids": ", ".join(request.run_id for request in requests),
+        "dataset_fingerprint": ", ".join(dict.fromkeys(request.dataset.fingerprint for request in requests)),
+    }
 
 
 def table(rows: list[dict[str, str | int | float | bool | None]]) -> dg.TableMetadataValue:

@@ -14,6 +14,7 @@ from lora_assets.assets.common import (
     TRAINS_HERE,
     log_progress,
     made_from,
+    made_of,
     path,
     picture,
     table,
@@ -115,5 +116,6 @@ def _told(result: ContinualResult) -> dict[str, Any]:
         "forgetting": result.forgetting.change if result.forgetting else 0.0,
         "changes": table(changes),
         "reused": result.reused,
+        **made_of(result.path),
         **{file.removesuffix(".png"): picture((result.path / file).read_bytes()) for file in CAPTIONS},
     }

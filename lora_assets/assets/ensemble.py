@@ -13,6 +13,7 @@ from lora_assets.assets.common import (
     TRAINS_HERE,
     log_progress,
     made_from,
+    made_of,
     path,
     picture,
     table,
@@ -99,6 +100,7 @@ def _shown(result: EnsembleResult) -> dg.MaterializeResult[EnsembleResult]:
     if result.path:
         metadata["ensemble"] = result.name
         metadata |= {"path": path(result.path), "report": path(result.path / "report.html"), "reused": result.reused}
+        metadata |= made_of(result.path)
         pictures = [result.path / file for file in CAPTIONS if (result.path / file).exists()]
         metadata |= {file.stem: picture(file.read_bytes()) for file in pictures}
     return dg.MaterializeResult(value=result, metadata=metadata)

@@ -6,7 +6,6 @@ import dagster as dg
 from pydantic import BaseModel, Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
-from finetune.reproduction.models import EXPERIMENT_MANIFEST
 from finetune.search.candidates import Bench, experiment_space
 from finetune.search.models import StepResult, TrialRecord
 from finetune.search.result import shown
@@ -17,6 +16,7 @@ from lora_assets.assets.common import (
     TRAINS_HERE,
     log_progress,
     made_from,
+    made_of,
     path,
     picture,
     table,
@@ -162,9 +162,7 @@ def report_study(
             "path": path(directory),
             "report": path(directory / "report.html"),
             "experiment": experiment.name,
-            "dataset_fingerprint": merged_dataset.fingerprint,
-            "run_ids": ", ".join(dict.fromkeys(trial.run_id for trial in experiment.history() if trial.run_id)),
-            "manifest": path(directory / EXPERIMENT_MANIFEST),
+            **made_of(directory),
             "stopped_by": str(result.data["stopped_by"]),
             **_told(result),
             "budget_gpu_hours": experiment.spec.budget_gpu_hours,

@@ -35,6 +35,7 @@ from lora_assets.settings import Settings
 from resources.artifact_store import ValueStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
+from tests.lora_assets.traces import traced
 
 DATE = "2026-06-01"
 FIXED = {"max_steps": 3, "micro_batch": 1, "accumulation": 1, "max_length": 64, "lora_rank": 4}
@@ -175,8 +176,14 @@ def test_an_ablation_that_was_killed_repeats_no_training_and_tells_what_failed(
     assert sorted(row.attempts or 0 for row in rows) == [1, 1, 1, 1, 1, 2]
 
 
-def test_every_figure_leads_to_the_adapter_and_the_evaluation_that_it_was_made_from(gone_on: dict[str, Any]) -> None:
+def test_every_figure_leads_to_the_adapter_and_the_evaluation_that_it_was_made_from(
+    gone_on: dict[str, Any], settings: Settings
+) -> None:
     result = gone_on["result"]
+    manifest = traced(Path(gone_on["path"]), settings.layout)
+    assert gone_on["run_ids"] == ", ".join(run["run_id"] for arm in result.data["arms"][:2] for run in arm["runs"])
+    assert manifest.figures["lora_rank 2.mean"].value == result.data["arms"][1]["mean"]
+    assert len(manifest.figures["lora_rank 2.difference"].runs) == 4
     for arm in result.data["arms"][:2]:
         for seed, run in zip((42, 43), arm["runs"], strict=True):
             assert run["seed"] == seed

@@ -30,6 +30,7 @@ from lora_assets.settings import Settings
 from resources.artifact_store import ValueStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
+from tests.lora_assets.traces import traced
 
 DATE = "2026-06-01"
 PROGRAM = str(Path(sys.executable).with_name("lora-assets"))
@@ -157,8 +158,13 @@ def test_a_curriculum_carries_one_adapter_through_its_stages_and_is_compared_wit
     assert rows == {each.run_id: "COMPLETED" for each in (*report.stages, report.shuffled)}
 
 
-def test_every_figure_is_computed_again_from_the_evaluations_that_the_report_names(whole: dict[str, Any]) -> None:
+def test_every_figure_is_computed_again_from_the_evaluations_that_the_report_names(
+    settings: Settings, whole: dict[str, Any]
+) -> None:
     report = report_of(whole)
+    manifest = traced(Path(whole["report"]).parent, settings.layout)
+    assert [entry.run_id for entry in manifest.trainings] == whole["run_ids"].split(", ")
+    assert manifest.figures["hard.change"].runs == [stage.run_id for stage in report.stages]
     trainings = {each.run_id: each for each in (*report.stages, report.shuffled)}
     assert {run_id for run_ids in report.figures.values() for run_id in run_ids} == set(trainings)
     for each in trainings.values():

@@ -42,6 +42,7 @@ from lora_assets.settings import Settings
 from resources.artifact_store import ValueStore
 from resources.base_model import BaseModelSource
 from resources.run_log import RunLog
+from tests.lora_assets.traces import traced
 
 if TYPE_CHECKING:
     import torch
@@ -153,6 +154,7 @@ def test_a_combination_that_a_bad_member_spoils_is_not_published(place: Place) -
     assert result.path is not None
     assert "Not published: against the best member" in (result.path / "report.html").read_text()
     assert set(read_manifest(result.path, kind="ensemble", verify="hashes").outputs) == {
+        "experiment_manifest.json",
         "losses.png",
         "report.html",
         "report.json",
@@ -327,6 +329,10 @@ def test_the_asset_shows_the_members_and_whether_the_combination_is_better(
     value = EnsembleResult.model_validate_json(
         (settings.layout.asset_values / "brain/ensemble_adapter" / f"{DATE}.json").read_bytes()
     )
+    manifest = traced(Path(str(told["path"].value)), settings.layout)
+    assert manifest.combinations[value.name].members == [member.run_id for member in value.members]
+    assert manifest.figures["combination.judging_loss"].runs == [value.name]
+    assert told["run_ids"].value == ", ".join(member.run_id for member in value.members)
     assert [member.fold for member in value.members] == [0, 1]
     assert len({member.dataset_fingerprint for member in value.members}) == 2
 

@@ -13,6 +13,7 @@ from finetune.errors import ConfigurationError
 from finetune.evaluation.losses import RecordLosses
 from finetune.planning.history import Measurement
 from finetune.publishing import read_manifest
+from finetune.reproduction.manifest import experiment_manifest
 from finetune.search.ablation import AblationSpec, Arm, arms_of, dry_run, shown
 from finetune.search.ablation_report import (
     AblationResult,
@@ -27,6 +28,18 @@ from finetune.search.candidates import Bench
 from finetune.search.spec import read_spec, spec_of
 from tests.profiles import PROFILE
 
+# Of nothing: what it says is tested where trainings are.
+MANIFEST = experiment_manifest(
+    kind="ablation_report",
+    name="ablation-1",
+    configuration={},
+    seed=42,
+    trainings={},
+    exports=Path(),
+    environment={},
+    secrets=[],
+    figures={},
+)
 FIXED = {"max_steps": 4, "micro_batch": 1, "accumulation": 1, "max_length": 64}
 
 
