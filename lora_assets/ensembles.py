@@ -22,7 +22,7 @@ from finetune.search.candidates import Bench, plan_of
 from finetune.search.ensemble import EnsembleSpec, MemberSpec
 from finetune.search.ensemble_report import publish_combination, publish_report, read_report
 from finetune.search.ensemble_result import EnsembleResult, Evaluated, Member, Verdict
-from finetune.search.judging import Halves, figures, halves, judge
+from finetune.search.judging import Halves, figures, halves, judge, mean_loss
 from finetune.search.mixing import mix
 from finetune.search.traced import combination_of, ensemble_figures
 from lora_assets.laboratory import Laboratory, evaluate, request_for, train
@@ -192,7 +192,7 @@ class _Measured:
     def selection_loss(self, member: int) -> float:
         """In nats per token."""
         losses = self.losses[member]
-        return figures(losses.nats, losses.tokens, self.split, seed=0).selection_loss
+        return mean_loss(losses.nats, losses.tokens, self.split.selection)
 
 
 def _measured(

@@ -52,12 +52,18 @@ def halves(dataset: Path, lines: Sequence[int]) -> Halves:
     return Halves(list(compress(everything, chosen)), list(compress(everything, (not each for each in chosen))))
 
 
+def mean_loss(nats: Sequence[float], tokens: Sequence[int], records: Sequence[int]) -> float:
+    """The loss of some records in nats per token, from the summed losses and tokens of all."""
+    chosen = list(records)
+    return float(np.asarray(nats)[chosen].sum() / np.asarray(tokens)[chosen].sum())
+
+
 def figures(nats: Sequence[float], tokens: Sequence[int], split: Halves, *, seed: int) -> Figures:
     """The figures of an adapter, from its summed losses by record."""
     judged, weights = np.asarray(nats)[split.judging], np.asarray(tokens)[split.judging]
     return Figures(
-        selection_loss=float(np.asarray(nats)[split.selection].sum() / np.asarray(tokens)[split.selection].sum()),
-        judging_loss=float(judged.sum() / weights.sum()),
+        selection_loss=mean_loss(nats, tokens, split.selection),
+        judging_loss=mean_loss(nats, tokens, split.judging),
         judging_ci95=bootstrap_ci95(judged, weights, resamples=RESAMPLES, seed=seed),
     )
 

@@ -17,6 +17,7 @@ from finetune.evaluation.scoring import score
 from finetune.progress import Progress, ProgressEvent
 from finetune.search.ensemble import BY_FACTOR, Combination, EnsembleSpec, Taste, greedy_soup, soup_weights
 from finetune.training.adapters import save_adapter
+from finetune.training.disk import any_full_disk_named
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -75,10 +76,15 @@ class Mixer:
         return self._model.eval()
 
     def save(self, directory: Path, base_model: BaseModelRef) -> None:
-        """Write the last combination in PEFT's layout; the members leave the model."""
+        """Write the last combination in PEFT's layout; the members leave the model.
+
+        Raises:
+            StorageFullError: the disk is full.
+        """
         for name in self._members:
             self._drop(name)
-        save_adapter(self._model, directory, base_model, pissa_start=directory)
+        with any_full_disk_named(directory):
+            save_adapter(self._model, directory, base_model, pissa_start=directory)
 
     def _drop(self, name: str) -> None:
         if name in self._model.peft_config:
@@ -164,6 +170,7 @@ def mix(
     Raises:
         BaseModelError: the base model cannot be loaded.
         ConfigurationError: PEFT cannot combine adapters of this kind.
+        StorageFullError: the disk is full.
     """
     encoder = RecordEncoder.load(base_model.path)
     held_out = read_heldout(dataset, encoder, max_length=max_length)

@@ -47,7 +47,7 @@ from tests.lora_assets.traces import traced
 if TYPE_CHECKING:
     import torch
 
-PROGRAM = str(Path(sys.executable).with_name("lora-assets"))
+ENSEMBLE = [str(Path(sys.executable).with_name("lora-assets")), "experiment", "ensemble", "spec.yaml"]
 DATE = "2026-06-01"
 FIXED = {"max_steps": 4, "micro_batch": 2, "accumulation": 1, "max_length": 64, "lora_rank": 4, "learning_rate": 1e-3}
 Tensors = dict[str, "torch.Tensor"]
@@ -99,9 +99,9 @@ def place(root: Path, tiny_model: BaseModelRef) -> Iterator[Place]:
     def plus(factor: float) -> Callable[[str, torch.Tensor], torch.Tensor]:
         return lambda name, tensor: trained[name] + (factor * noise(name, tensor) if "lora_B" in name else 0)
 
-    replace_weights(paths[0], plus(0.3))
-    replace_weights(paths[1], plus(-0.3))
-    replace_weights(paths[2], lambda name, tensor: noise(name, tensor))
+    replace_weights(paths[0], plus(0.4))
+    replace_weights(paths[1], plus(-0.4))
+    replace_weights(paths[2], lambda name, tensor: 3 * noise(name, tensor))
     yield Place(laboratory, spec, paths)
     run_log.close()
 
@@ -354,7 +354,7 @@ def command(directory: Path, tiny_model: BaseModelRef, *arguments: str) -> subpr
         "GPU_HOUR_PRICE": "2",
     }
     return subprocess.Popen(
-        [PROGRAM, "experiment", "ensemble", "spec.yaml", *arguments],
+        arguments,
         cwd=directory,
         env=environment,
         stdout=subprocess.PIPE,
@@ -381,16 +381,24 @@ def test_an_ensemble_that_was_killed_in_a_training_goes_on_and_repeats_none(
     directory = root / "cli"
     records(directory / "records.jsonl")
     (directory / "spec.yaml").write_text(SPEC)
-    proposing = command(directory, tiny_model, "--dry-run", "--json")
+    code = (
+        "import sys\n"
+        "from lora_assets.cli.app import app\n"
+        "app(['experiment', 'ensemble', 'spec.yaml', '--dry-run', '--json'], standalone_mode=False)\n"
+        "print(sorted({'torch', 'transformers', 'peft', 'trl', 'datasets', 'matplotlib'} & set(sys.modules)), "
+        "file=sys.stderr)\n"
+    )
+    proposing = command(directory, tiny_model, sys.executable, "-c", code)
     output, errors = proposing.communicate()
     assert proposing.returncode == 0, errors
+    assert errors.splitlines()[-1] == "[]"
     proposed = json.loads(output)
     assert proposed["status"] == "dry_run"
     assert [member["params"]["lora_rank"] for member in proposed["members"]] == [2, 4]
     assert all(member["price"] == pytest.approx(2 * member["gpu_hours"]) for member in proposed["members"])
     assert not (directory / "data" / "adapters").exists()
 
-    killed = command(directory, tiny_model)
+    killed = command(directory, tiny_model, *ENSEMBLE)
     assert killed.stderr is not None
     told = ""
     while "members: 1/2" not in told or "training: 1/8" not in told.split("members: 1/2")[1]:
@@ -402,7 +410,7 @@ def test_an_ensemble_that_was_killed_in_a_training_goes_on_and_repeats_none(
     (first,) = (directory / "data" / "adapters" / "brain").glob("[!.]*")
     made = (first / "manifest.json").read_bytes()
 
-    again = command(directory, tiny_model, "--json")
+    again = command(directory, tiny_model, *ENSEMBLE, "--json")
     output, errors = again.communicate()
     assert again.returncode == 0, errors
     result = EnsembleResult.model_validate_json(output)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from finetune.adapter_files import WEIGHTS_NAME, read_adapter_config
+from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from finetune.base_model.models import BaseModelRef
-from finetune.errors import ConfigurationError
+from finetune.errors import ConfigurationError, StorageFullError
 from finetune.search.ensemble import Combination, EnsembleSpec
 from finetune.search.mixing import mixing
 
@@ -193,6 +193,19 @@ def test_one_mixer_tries_several_weightings_in_turn(tmp_path: Path) -> None:
     assert torch.equal(first, again)
     assert torch.allclose(other, logits(alone), atol=1e-6)
     assert not torch.allclose(first, other, atol=1e-3), "otherwise the test sees nothing"
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    members = [adapter(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    output = tmp_path / "combined"
+    output.mkdir()
+    # Every write to /dev/full fails with ENOSPC.
+    (output / CONFIG_NAME).symlink_to("/dev/full")
+    base = BaseModelRef(name="small", path=tmp_path, revision=None, fingerprint="0" * 64)
+    with mixing(base_model(), members, EnsembleSpec()) as mixer:
+        mixer.combined([0.5, 0.5])
+        with pytest.raises(StorageFullError, match="no space left"):
+            mixer.save(output, base)
 
 
 @pytest.mark.parametrize("kind", [{"use_dora": True}, {"bias": "lora_only"}, {"lora_bias": True}])
