@@ -200,6 +200,22 @@ _EITHER: TypeAdapter[VersionManifest | ExperimentManifest] = TypeAdapter(
 
 def manifest_schema() -> str:
     """The JSON Schema (draft 2020-12) of manifests as they are written now."""
-    schema = _EITHER.json_schema(mode="serialization")
+    schema = _without_defaults(_EITHER.json_schema(mode="serialization"))
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": EXPERIMENT_MANIFEST}
     return json.dumps(head | schema, indent=2) + "\n"
+
+
+def _without_defaults(schema: Any) -> Any:
+    """A schema without the values that fields have where nobody set them: what is written has all values."""
+    if isinstance(schema, list):
+        return [_without_defaults(each) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    names = {"properties", "$defs"}
+    return {
+        key: {name: _without_defaults(each) for name, each in value.items()}
+        if key in names
+        else _without_defaults(value)
+        for key, value in schema.items()
+        if key != "default"
+    }
