@@ -34,18 +34,10 @@ def wait_for_end(
         RemoteError: the server stays away.
     """
     timing = client.timing
-    changed = time.monotonic()
-    quiet_looks = 0
     _tell(experiment, on_progress)
+    changed, quiet_looks = time.monotonic(), 0
     while experiment.status in ("queued", "running"):
         deadline()
-        if experiment.status == "running" and time.monotonic() - changed > timing.stalled:
-            raise StalledError(
-                f"the experiment {experiment.id} has stalled: no news for {timing.stalled:g} s at step "
-                f"{experiment.step}{_log(experiment)}",
-                where=experiment.url or client.api_url,
-                remedy="Look at it on the server; it was left as it is, and a later run will wait for it again",
-            )
         time.sleep(backoff(timing.poll, timing.poll_ceiling, quiet_looks))
         try:
             seen = client.get_experiment(experiment.id)
@@ -54,8 +46,15 @@ def wait_for_end(
             raise TrainingError(f"{error.what}{_log(experiment)}", where=error.where, remedy=error.remedy) from None
         quiet_looks += 1
         if (seen.status, seen.step, seen.metrics) != (experiment.status, experiment.step, experiment.metrics):
-            changed, quiet_looks = time.monotonic(), 0
             _tell(seen, on_progress)
+            changed, quiet_looks = time.monotonic(), 0
+        elif seen.status == "running" and time.monotonic() - changed > timing.stalled:
+            raise StalledError(
+                f"the experiment {seen.id} has stalled: no news for {timing.stalled:g} s at step "
+                f"{seen.step}{_log(seen)}",
+                where=seen.url or client.api_url,
+                remedy="Look at it on the server; it was left as it is, and a later run will wait for it again",
+            )
         experiment = seen
     if experiment.status != "finished":
         verb = "failed" if experiment.status == "failed" else "was stopped"

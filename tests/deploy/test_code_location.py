@@ -44,7 +44,7 @@ def test_the_webserver_loads_the_code_location_of_workspace_yaml(loop: Loop, tmp
             start_new_session=True,
         )
     try:
-        end = time.monotonic() + 90
+        end = time.monotonic() + 300
         while True:
             assert server.poll() is None, log.read_text()
             assert time.monotonic() < end, log.read_text()
@@ -76,7 +76,7 @@ def ci_check(directory: Path) -> subprocess.CompletedProcess[str]:
         text=True,
         check=False,
         env={"PATH": os.environ["PATH"], "HOME": str(directory)},
-        timeout=60,
+        timeout=300,
     )
 
 

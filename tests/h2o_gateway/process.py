@@ -23,7 +23,7 @@ MODEL = "tiny"
 RECORDS = b'{"instruction": "Say hi", "output": "hi"}\n{"instruction": "Say ho", "output": "ho"}\n'
 
 
-def until(condition: Callable[[], Any], seconds: float = 60) -> Any:
+def until(condition: Callable[[], Any], seconds: float = 180) -> Any:
     """What the condition gives once that is true."""
     end = time.monotonic() + seconds
     while not (value := condition()):
@@ -62,7 +62,7 @@ class GatewayProcess:
         first = self.process.stdout.readline().decode()
         assert first.startswith("H2O LLM Studio gateway: "), self.said()
         self.url = first.split()[4]
-        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=30)
+        self.http = httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {KEY}"}, timeout=60)
 
     def said(self) -> str:
         return self.directory.with_suffix(".log").read_text()
@@ -76,7 +76,7 @@ class GatewayProcess:
     def close(self) -> None:
         """End it, and what it has left training."""
         self.process.terminate()
-        self.process.wait(timeout=20)
+        self.process.wait(timeout=120)
         self.http.close()
         for pid in self.pids():
             try:

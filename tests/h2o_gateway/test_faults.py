@@ -106,7 +106,7 @@ def test_of_several_processes_that_would_train_in_one_place_one_does(gateway: Ga
     directory = gateway.output(identifier).parent
     assert not Attempt(directory).take()
     late = [subprocess.Popen([sys.executable, "-m", "h2o_gateway.start", directory], cwd=ROOT) for _ in range(2)]
-    assert [process.wait(60) for process in late] == [0, 0]
+    assert [process.wait(180) for process in late] == [0, 0]
     (gateway.output(identifier) / "go").touch()
     gateway.wait(identifier, "finished")
     # Nor does one that comes when it is all over.
@@ -167,7 +167,7 @@ def test_a_second_gateway_on_the_same_data_is_refused(launch: Launch, tiny_model
     gateway = launch()
     environment = os.environ | {f"H2O_GATEWAY_{name}": value for name, value in gateway.settings.items()}
     second = subprocess.run(
-        [sys.executable, "-m", "h2o_gateway"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-m", "h2o_gateway"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=180
     )
     assert second.returncode == 2
     assert "another gateway works here" in second.stderr

@@ -152,7 +152,7 @@ class Deployment:
             with socket.socket() as probe:
                 return probe.connect_ex(("127.0.0.1", self._port)) == 0
 
-        self.until(listens, 60)
+        self.until(listens, 300)
 
     @contextmanager
     def _instance(self) -> Iterator[dg.DagsterInstance]:

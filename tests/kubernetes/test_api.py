@@ -48,7 +48,7 @@ class World:
         return pods[0] if pods else None
 
     def until(self, condition: Any) -> Any:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 180
         while not (found := condition()):
             assert time.monotonic() < end
             time.sleep(0.05)
@@ -73,7 +73,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     cluster = Cluster(tmp_path / "cluster", [Node("cpu-0"), gpu], {"runs": RULES}, NAMESPACE)
     with cluster:
         image = cluster.kubelet.images["image"] = Image([], dict(cluster.environment))
-        assert image.ready.wait(60)
+        assert image.ready.wait(180)
         yield World(cluster)
 
 

@@ -23,7 +23,7 @@ def test_the_graph_runs_to_success_although_the_pod_that_trains_is_deleted(tiny_
             run_id = deployment.launch()
             pod = deployment.training(run_id)
             deployment.cluster.delete_pod(pod)
-            runs = deployment.wait(run_id, 400)
+            runs = deployment.wait(run_id, 900)
 
             assert [run.status for run in runs] == [dg.DagsterRunStatus.SUCCESS], deployment.report()
             first, second = deployment.history(STEP)

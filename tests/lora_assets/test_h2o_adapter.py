@@ -141,7 +141,7 @@ def site(tiny_model: BaseModelRef) -> Iterator[Site]:
         yield site
         assert process.stdin is not None
         process.stdin.close()
-        process.wait(30)
+        process.wait(120)
         server.close()
         postgres.close()
 
@@ -195,7 +195,7 @@ def test_a_step_killed_at_any_stage_and_retried_makes_one_experiment_and_one_row
 
     def stop(handler: Handler) -> bool:
         reached.set()
-        killed.wait(60)
+        killed.wait(180)
         return resets(handler)
 
     def stop_after_the_deed(handler: Handler) -> bool:
@@ -220,7 +220,7 @@ def test_a_step_killed_at_any_stage_and_retried_makes_one_experiment_and_one_row
     server.faults[call] = [fault]
     before = len(site.rows())
     first, pid = site.start("training_plan", "adapter")
-    assert reached.wait(60)
+    assert reached.wait(180)
     os.kill(pid, signal.SIGKILL)
     assert site.end() == -signal.SIGKILL, "otherwise the fault did not strike"
     killed.set()
@@ -301,14 +301,14 @@ def interrupt(site: Site, *, cancelled: bool) -> tuple[str, TrainingRun]:
     site.server.faults["poll"] = [lambda handler: False, note]
     try:
         run_id, pid = site.start("training_plan", "adapter")
-        assert polled.wait(60)
+        assert polled.wait(180)
         if cancelled:
             with instance_of(site) as instance:
                 run = instance.get_run_by_id(run_id)
                 assert run is not None
                 instance.report_run_canceling(run)
         os.kill(pid, signal.SIGINT)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 180
         while (row := site.rows()[0]).status == "RUNNING":
             assert time.monotonic() < deadline, "the interrupt had no effect"
             time.sleep(0.2)
@@ -337,7 +337,7 @@ def test_ctrl_c_on_a_command_ends_it_and_leaves_the_experiment(site: Site) -> No
     site.server.total_steps = 100_000
     try:
         _, pid = site.start("training_plan", "adapter", **TAGS)
-        assert polled.wait(60)
+        assert polled.wait(180)
         os.kill(pid, signal.SIGINT)
         assert site.end() == 1, "it ended by itself, and did not try again"
     finally:
@@ -376,7 +376,7 @@ def test_what_finds_a_killed_run_first_cancels_the_experiment_of_one_that_was_ca
     site.server.total_steps = 100_000
     try:
         run_id, pid = site.start("training_plan", "adapter")
-        assert polled.wait(60)
+        assert polled.wait(180)
         os.kill(pid, signal.SIGKILL)
         assert site.end() == -signal.SIGKILL
     finally:

@@ -55,7 +55,7 @@ def test_a_run_that_waits_for_a_slot_of_the_gpu_ends_soon_after_it_is_asked_to(
                 assert waiting.poll() is None
                 time.sleep(0.1)
             waiting.send_signal(signal.SIGTERM)
-            _, told = waiting.communicate(timeout=60)
+            _, told = waiting.communicate(timeout=180)
         finally:
             waiting.kill()
         assert waiting.returncode == 75, told

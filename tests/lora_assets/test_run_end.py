@@ -274,7 +274,7 @@ def test_a_run_whose_process_was_killed_along_with_the_daemon_is_failed(tmp_path
         of_a_command = started_run(instance, process.pid, **{"lora-assets/entry": "run"})
         assert fail_dead_runs(instance) == [], "its process lives"
         process.send_signal(signal.SIGKILL)
-        time.sleep(0.1)
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         assert fail_dead_runs(instance) == [killed], "one that is not yet waited for is dead too"
         assert process.wait() == -signal.SIGKILL
         assert fail_dead_runs(instance) == []

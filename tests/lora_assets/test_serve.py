@@ -69,7 +69,7 @@ def ask(served: Served, **changes: Any) -> httpx.Response:
         "max_tokens": 24,
     }
     url = f"{served[1]['endpoint']}/chat/completions"
-    return httpx.post(url, json=body | changes, timeout=60, trust_env=False)
+    return httpx.post(url, json=body | changes, timeout=180, trust_env=False)
 
 
 def answer_of(served: Served) -> str:
@@ -140,7 +140,7 @@ def test_a_file_that_is_no_gguf_is_a_clear_error(tmp_path: Path) -> None:
 def test_ctrl_c_ends_the_server_and_its_child(served: Served) -> None:
     process, told = served
     os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
     assert "Traceback" not in err
     with pytest.raises(httpx.ConnectError):
