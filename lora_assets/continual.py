@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.dataset.models import DatasetProfile
+from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.dataset.prepare import load_prepared
 from finetune.dataset.replay import known_lines
 from finetune.errors import ConfigurationError
@@ -16,7 +16,7 @@ from finetune.planning.cost import refuse_all_above
 from finetune.planning.models import Method, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
 from finetune.progress import Progress
-from finetune.publishing import sha256_file
+from finetune.publishing import is_complete, sha256_file
 from finetune.registry.champion import champion_before
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.store import get_version
@@ -25,7 +25,8 @@ from finetune.search.continual import Arm, ArmName, ContinualResult, ContinualSp
 from finetune.search.continual_report import publish_report, read_report
 from finetune.search.traced import continual_figures
 from finetune.training.continuation import continued_plan, init_adapter_of
-from lora_assets.laboratory import Laboratory, evaluate, train
+from finetune.training.models import TrainingRequest
+from lora_assets.laboratory import Laboratory, evaluate, request_for, train
 from lora_assets.manifests import manifest_of
 from lora_assets.settings import Settings
 
@@ -62,7 +63,7 @@ def propose(settings: Settings, spec: ContinualSpec, bench: Bench) -> ContinualR
         Arm(
             name=name,
             run_id=None,
-            records=_records(bench, plan),
+            records=_dataset(bench, plan).counts.train,
             tokens=plan.estimated_tokens,
             steps=plan.estimated_steps,
             gpu_hours=plan.cost.gpu_hours if plan.cost else None,
@@ -97,7 +98,9 @@ def run_continual(laboratory: Laboratory, spec: ContinualSpec, on_progress: Prog
         if known := read_report(directory):
             return known
         plans = _plans(settings, spec, bench, version)
-        refuse_all_above(list(plans.values()), settings.max_gpu_hours)
+        asked = [_request(laboratory, plan) for plan in plans.values()]
+        todo = [request.plan for request in asked if not is_complete(request.adapter_dir)]
+        refuse_all_above(todo, settings.max_gpu_hours)
         longest = plans["from scratch"].trial_config.max_length
         arms = [
             Arm(name="base model", run_id=None),
@@ -196,13 +199,17 @@ def _plans(
     return {**plans, "from scratch": scratch}
 
 
-def _records(bench: Bench, plan: TrainingPlan) -> int:
-    dataset = plan.continued.dataset if plan.continued else bench.dataset
-    return dataset.counts.train
+def _dataset(bench: Bench, plan: TrainingPlan) -> PreparedDataset:
+    return plan.continued.dataset if plan.continued else bench.dataset
+
+
+def _request(laboratory: Laboratory, plan: TrainingPlan) -> TrainingRequest:
+    dataset = _dataset(laboratory.bench, plan)
+    return request_for(laboratory, plan, dataset=dataset, init_adapter=init_adapter_of(plan))
 
 
 def _trained(laboratory: Laboratory, name: ArmName, plan: TrainingPlan, longest: int, on_progress: Progress) -> Arm:
-    dataset = plan.continued.dataset if plan.continued else laboratory.bench.dataset
+    dataset = _dataset(laboratory.bench, plan)
     trained = train(laboratory, plan, dataset=dataset, init_adapter=init_adapter_of(plan), on_progress=on_progress)
     result = trained.result
     arm = Arm(
