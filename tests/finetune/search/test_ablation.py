@@ -250,6 +250,34 @@ def test_a_configuration_that_failed_is_a_row_with_its_reason_and_is_tried_again
     assert {arm.verdict for arm in nothing.arms[1:]} == {"open"}
 
 
+def test_a_grid_of_which_nothing_ended_has_a_report_too(bench: Bench, tmp_path: Path) -> None:
+    asked = spec(parameters={"lora_rank": [2, 4], "use_rslora": [True]}, grid=True, seeds=2)
+    arms = arms_of(asked, bench)
+    runs = [
+        [ArmRun(seed=seed, run_id=f"r{index}-{seed}", reason="out of memory") for seed in (42, 43)]
+        for index in range(len(arms))
+    ]
+    figures = figures_of(arms, runs, {})
+    assert {(arm.verdict, arm.mean, arm.ci95) for arm in figures} == {("failed", None, None)}
+    result = AblationResult(
+        name="ablation-2",
+        spec=asked,
+        dataset_fingerprint="data",
+        dataset_sha256="f" * 64,
+        base_model="tiny",
+        base_model_fingerprint="model",
+        max_length=64,
+        records=0,
+        gpu_hours=0.0,
+        arms=figures,
+        conclusion=conclusion_of(asked, figures),
+    )
+    assert result.conclusion.startswith("nothing can be told: of the base configuration 2 of 2 trainings failed")
+    assert "with lora_rank 4, use_rslora on 2 of 2 trainings failed: out of memory" in result.conclusion
+    publish_ablation(tmp_path / "report", result, MANIFEST)
+    assert "configurations.png" in read_manifest(tmp_path / "report", kind="ablation", verify="hashes").outputs
+
+
 def test_a_report_is_published_with_every_figure_and_what_it_was_made_from(bench: Bench, tmp_path: Path) -> None:
     result = found(bench, tmp_path, {BASE: 0.0, "lora_rank 2": 0.3, "lora_rank 32": -0.2, "lora_rank 64": 0.0})
     directory = tmp_path / "report"
