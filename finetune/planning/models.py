@@ -43,7 +43,7 @@ class TrialConfig(BaseModel):
     lr_schedule: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = 0.0
-    optimizer: Optimizer = "adamw_torch"
+    optimizer: Optimizer = "adamw_torch_fused"
     micro_batch: int = Field(4, ge=1)
     accumulation: int = Field(4, ge=1)
     epochs: float = Field(3.0, gt=0)

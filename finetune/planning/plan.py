@@ -140,7 +140,7 @@ def _refuse_missing_gpu(trial: TrialConfig) -> None:
         raise ConfigurationError(
             f"the optimizer {trial.optimizer} needs a GPU, and none is planned for",
             where="optimizer",
-            remedy="Use adamw_torch",
+            remedy="Use adamw_torch_fused",
         )
 
 

@@ -116,7 +116,7 @@ def optimizer(method: Method, device: Device) -> tuple[Optimizer, str]:
     """
     if device == "cuda" and method == "qlora":
         return "paged_adamw_8bit", "paged 8-bit states, as in QLoRA"
-    return "adamw_torch", "plain AdamW: adapters need little state"
+    return "adamw_torch_fused", "AdamW in one kernel: adapters need little state"
 
 
 def epochs() -> tuple[float, str]:
