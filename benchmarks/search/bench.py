@@ -19,7 +19,6 @@ import zlib
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from scipy.stats import wilcoxon
 
 from finetune.planning.models import Range
 from finetune.search.models import Strategy, TrialRecord, Value
@@ -109,6 +108,7 @@ def halved(curve: Curve, space: Mapping[str, Range], steps: int, seed: int, *, h
 
 def compare(name: str, curve: Curve, space: Mapping[str, Range], *, seeds: int, trials: int) -> bool:
     """Print a table of one objective; whether the strategies kept their promises."""
+    from scipy.stats import wilcoxon
 
     def whole(params: Mapping[str, Value]) -> float:
         return curve(params, WHOLE)

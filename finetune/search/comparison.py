@@ -9,8 +9,6 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from finetune.search.student import critical_value, two_sided_p
-
 # Below this share of a mean, what varies is the last digits of numbers that are equal.
 _ROUNDING = 1e-12
 
@@ -35,7 +33,7 @@ def mean_ci95(values: Sequence[float]) -> tuple[float, float] | None:
     if count < 2:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(count)
-    half = critical_value(count - 1) * error
+    half = _critical_value(count - 1) * error
     return mean - half, mean + half
 
 
@@ -73,9 +71,9 @@ def paired_difference(ours: NDArray[np.float64], theirs: NDArray[np.float64], to
         equal = not differences.any()
         return Difference(mean=mean, ci95=(0.0, 0.0) if equal else None, degrees=None, p_value=1.0 if equal else None)
     degrees = min(of_seeds, of_records) if of_records else of_seeds
-    half = critical_value(degrees) * error
+    half = _critical_value(degrees) * error
     return Difference(
-        mean=mean, ci95=(mean - half, mean + half), degrees=degrees, p_value=two_sided_p(mean / error, degrees)
+        mean=mean, ci95=(mean - half, mean + half), degrees=degrees, p_value=_two_sided_p(mean / error, degrees)
     )
 
 
@@ -90,3 +88,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(p_values) - place) * p_values[index]))
         corrected[index] = least
     return corrected
+
+
+def _critical_value(degrees: int) -> float:
+    """Student's t between minus which and which a value lies with a probability of 95 %."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, 0.975))
+
+
+def _two_sided_p(t: float, degrees: int) -> float:
+    """The probability of a value as far from 0 as `t`, to either side."""
+    from scipy.special import stdtr
+
+    return 2 * float(stdtr(degrees, -abs(t)))

@@ -4,32 +4,12 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from finetune.search.comparison import holm, mean_ci95, paired_difference
-from finetune.search.student import critical_value, two_sided_p
 
 # Hours of sleep that ten patients gained by one drug and another: Student, The Probable Error of a Mean, 1908.
 DEXTRO = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]
 LAEVO = [1.9, 0.8, 1.1, 0.1, -0.1, 4.4, 5.5, 1.6, 4.6, 3.4]
-
-
-# The table of any textbook: two-sided, 95 %.
-@pytest.mark.parametrize(
-    ("degrees", "critical"),
-    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042), (120, 1.980), (1e6, 1.960)],
-)
-def test_critical_values_are_those_of_the_tables(degrees: float, critical: float) -> None:
-    assert critical_value(degrees) == pytest.approx(critical, abs=5e-4)
-    assert two_sided_p(critical_value(degrees), degrees) == pytest.approx(0.05, abs=1e-9)
-
-
-def test_probabilities_are_those_of_the_closed_forms_and_of_scipy() -> None:
-    for t in (0.0, 0.1, 1.0, 3.0, 40.0, 1e6):
-        assert two_sided_p(t, 1) == pytest.approx(2 / math.pi * math.atan2(1, t), rel=1e-12)
-        assert two_sided_p(-t, 2) == pytest.approx(2 / ((2 + t * t) + t * math.sqrt(2 + t * t)), rel=1e-12)
-        for degrees in (1.0, 1.47, 2.3, 7.9, 55.5, 1e4):
-            assert two_sided_p(t, degrees) == pytest.approx(2 * stats.t.sf(t, degrees), rel=1e-9)
 
 
 def test_one_record_gives_students_paired_test() -> None:
