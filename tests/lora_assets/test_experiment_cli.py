@@ -20,6 +20,7 @@ from finetune.publishing import read_manifest
 from finetune.reproduction.at_hand import Places, look_for_inputs
 from finetune.reproduction.check import check, select
 from finetune.reproduction.trace import trace
+from resources.postgres import EmbeddedPostgres
 
 PROGRAM = str(Path(sys.executable).with_name("lora-assets"))
 
@@ -205,3 +206,47 @@ def test_an_experiment_that_was_killed_in_a_trial_is_resumed_merged_and_shown(
     assert {row["status"] for row in rows.values()} == {"COMPLETED"}
     listed = experiment(directory, "show", "--json")
     assert [row["name"] for row in json.loads(listed.stdout)] == [name]
+
+
+# Priced at next to nothing, so that each trial takes far more than it has reserved.
+SIDE_BY_SIDE = f"""
+dataset_path: records.jsonl
+workers: 2
+max_trials: 1000
+max_loop_iterations: 1000
+stop_patience: null
+budget_gpu_hours: {12 / 3600}
+strategy: random
+tokens_per_second: 1000000
+parameters: [learning_rate]
+fixed: {{max_steps: 200, micro_batch: 1, accumulation: 1, max_length: 64}}
+"""
+
+
+def test_two_workers_side_by_side_both_train_and_keep_to_the_budget(directory: Path, tiny_model: BaseModelRef) -> None:
+    import sqlalchemy as sa
+
+    (directory / "spec.yaml").write_text(SIDE_BY_SIDE)
+    done = experiment(
+        directory,
+        *("run", "spec.yaml", "--json"),
+        BASE_MODEL_NAME=str(tiny_model.path),
+        OMP_WAIT_POLICY="PASSIVE",
+        CHECKPOINT_SECONDS="120",
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["data"]["stopped_by"] == "budget"
+    # Seconds, of which importing the libraries takes some on a busy machine before anybody can look.
+    used = 3600 * result["metadata"]["gpu_hours_used"]
+    assert 0 < used <= 12 + 120
+    assert {trial["state"] for trial in result["data"]["trial_history"]} <= {"completed", "pruned"}
+    postgres = EmbeddedPostgres(directory / "data" / "postgres")
+    with sa.create_engine(postgres.url, poolclass=sa.NullPool).connect() as connection:
+        trained = connection.scalars(sa.text("SELECT training_run_id FROM lora_training_run_details")).all()
+        workers = connection.scalars(
+            sa.text("SELECT DISTINCT holder FROM lora_training_leases WHERE training_run_id LIKE 'experiment %'")
+        ).all()
+    postgres.close()
+    assert len(trained) == len(set(trained)), "each configuration is trained once"
+    assert len(workers) == 2, "one did it all"

@@ -105,7 +105,7 @@ def main(url: str, directory: str, spec_json: str, moment: str, seconds: str) ->
     Experiment._hold = killed_before_its_lease  # type: ignore[method-assign]
     Experiment.end = killed_around_its_end  # type: ignore[method-assign]
     store = StudyStore(database_url=url, data_dir="/nowhere")
-    experiment = store.open_experiment("e1", spec, SPACE, lease_seconds=2.0)
+    experiment = store.open_experiment("e1", spec, SPACE, lease_seconds=5.0)
     reason = work(
         experiment,
         proposer(spec, gpu_hours=0.01),

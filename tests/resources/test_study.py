@@ -195,9 +195,9 @@ def test_a_threshold_ends_the_experiment_and_the_trials_that_run(store: StudySto
         assert isinstance(turn, Turn)
         other = threading.Thread(target=run)
         other.start()
-        assert told.wait(30)
+        assert told.wait(180)
         experiment.end(turn, "completed", value=0.9, gpu_hours=0.01)
-    other.join(30)
+    other.join(180)
     assert ended == ["threshold"]
     first, second = experiment.history()
     assert (first.state, second.state, second.reason) == ("completed", "pruned", "threshold")
@@ -206,6 +206,41 @@ def test_a_threshold_ends_the_experiment_and_the_trials_that_run(store: StudySto
     more = store.open_experiment("e1", spec_with(max_trials=3), SPACE)
     assert work(more, proposer(more.spec, gpu_hours=0.1), quick, on_progress=ignore_progress) == "max_trials"
     assert len(more.history()) == 3
+
+
+@pytest.mark.parametrize(
+    ("limit", "values"),
+    [({"stop_threshold": 1.0}, [0.9]), ({"stop_patience": 1}, [0.8, 0.9])],
+    ids=["threshold", "patience"],
+)
+def test_threshold_and_patience_end_the_trial_of_another_process_when_it_looks_next(
+    limit: dict[str, float], values: list[float], database: str, store: StudyStore, tmp_path: Path
+) -> None:
+    spec = spec_with(max_trials=9, workers=2, **limit)
+    experiment = store.open_experiment("e1", spec, SPACE)
+    propose = proposer(spec, gpu_hours=0.1)
+    with experiment.next_trial(propose) as first:
+        assert isinstance(first, Turn)
+        # It looks at every step: a step is longer than its interval.
+        other = start(database, tmp_path, spec, seconds=0.7)
+        assert other.stdout is not None
+        told = [""]
+        while "training" not in told[-1]:
+            told.append(other.stdout.readline())
+            assert told[-1], told
+        for value in values[:-1]:
+            with experiment.next_trial(propose) as between:
+                assert isinstance(between, Turn)
+                experiment.end(between, "completed", value=value, gpu_hours=0.0)
+        assert experiment.ended() is None
+        experiment.end(first, "completed", value=values[-1], gpu_hours=0.0)
+    done = len(steps(tmp_path, 1))
+    assert other.communicate(timeout=300)[0].endswith(f"over {experiment.ended()}\n")
+    assert str(experiment.ended()) in next(iter(limit))
+    trial = experiment.history()[1]
+    assert (trial.state, trial.reason) == ("pruned", experiment.ended())
+    # The step in which it was told, and no other.
+    assert done <= len(steps(tmp_path, 1)) <= done + 1 < STEPS
 
 
 def test_halving_stops_trials_at_their_rungs_and_they_cost_what_they_used(store: StudyStore, tmp_path: Path) -> None:
