@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from finetune.chat.encode import RecordEncoder
@@ -15,7 +15,7 @@ from finetune.evaluation.models import EvalReport
 from finetune.planning.cost import refuse_above
 from finetune.planning.models import TrainingPlan
 from finetune.progress import Progress, ProgressEvent
-from finetune.publishing import find_published, sha256_file
+from finetune.publishing import find_published, is_complete, sha256_file
 from finetune.search.base_losses import BaseLosses
 from finetune.search.candidates import Bench, plan_of
 from finetune.search.curriculum import CurriculumSpec
@@ -37,8 +37,9 @@ from finetune.search.lessons import Lesson, Lessons, lay_out, stages_by_difficul
 from finetune.search.models import StepResult
 from finetune.search.stage_files import FileCounts, StageFiles, prepare_stage_files
 from finetune.search.traced import curriculum_figures
+from finetune.training.init_adapter import read_init_adapter
 from finetune.training.models import InitAdapter
-from lora_assets.laboratory import Laboratory, Trained, evaluate, train
+from lora_assets.laboratory import Laboratory, Trained, evaluate, request_for, train
 from lora_assets.manifests import manifest_of
 from lora_assets.settings import Settings
 from resources.run_log import RunLog
@@ -95,14 +96,14 @@ def open_curriculum(settings: Settings, spec: CurriculumSpec, bench: Bench, on_p
     return Curriculum(f"curriculum-{name}", spec, bench, source, found, plan)
 
 
-def price_curriculum(curriculum: Curriculum, on_progress: Progress) -> StepResult:
-    """All trainings of a curriculum priced; no training library is needed, so base losses are not measured.
+def price_curriculum(settings: Settings, curriculum: Curriculum, on_progress: Progress) -> StepResult:
+    """All trainings of a curriculum priced; no training library is needed, so no base losses are measured.
 
     Raises:
         ConfigurationError: an export is not there, or there is nothing to order by.
         DatasetError: a record has no score, or a stage no record.
     """
-    _, lessons = _lay_out(curriculum, None, on_progress)
+    _, lessons = _lay_out(curriculum, _base_losses(settings, curriculum, on_progress), on_progress, measured=False)
     return dry_run_result(curriculum.name, curriculum.spec, lessons, curriculum.files)
 
 
@@ -126,16 +127,12 @@ def run_curriculum(
         dagster_run_id: the Dagster run, if there is one.
 
     Raises:
-        ConfigurationError: all trainings together would take longer than they may.
+        ConfigurationError: all trainings that are not there yet would together take longer than they may.
         FinetuneError: as trainings and evaluations raise.
     """
     bench, layout = curriculum.bench, settings.layout
-    records, lessons = _lay_out(curriculum, None, on_progress)
-    refuse_above(lessons.total, settings.max_gpu_hours)
+    records, lessons = _measured(settings, curriculum, on_progress)
     longest = curriculum.plan.trial_config.max_length
-    if curriculum.spec.by == "base_loss":
-        # Nothing here keeps the measured model in memory beyond this.
-        records, lessons = _lay_out(curriculum, _base_losses(settings, curriculum, on_progress), on_progress)
     laboratory = Laboratory(
         bench,
         settings,
@@ -145,10 +142,15 @@ def run_curriculum(
         exports=curriculum.spec.dataset_path.parent if curriculum.spec.dataset_path else None,
     )
 
+    def dataset_of(lesson: Lesson) -> PreparedDataset:
+        return choose_records(curriculum.source, lesson.rows, records.offsets, layout)
+
+    if left := _not_trained(laboratory, lessons, dataset_of):
+        refuse_above(lessons.total(left), settings.max_gpu_hours)
+
     def make(lesson: Lesson, init: InitAdapter | None) -> _Made:
         told = _prefixed(lesson.name, on_progress)
-        dataset = choose_records(curriculum.source, lesson.rows, records.offsets, layout)
-        trained = train(laboratory, lesson.plan, dataset=dataset, init_adapter=init, on_progress=told)
+        trained = train(laboratory, lesson.plan, dataset=dataset_of(lesson), init_adapter=init, on_progress=told)
         request = trained.request
         report = evaluate(laboratory, request.adapter_dir, run_id=request.run_id, max_length=longest, on_progress=told)
         return _Made(lesson, trained, report, read_losses(report.path))
@@ -173,10 +175,23 @@ def run_curriculum(
     return result_of(report, directory)
 
 
-def _lay_out(curriculum: Curriculum, measure: BaseLosses | None, on_progress: Progress) -> tuple[Records, Lessons]:
+def _measured(settings: Settings, curriculum: Curriculum, on_progress: Progress) -> tuple[Records, Lessons]:
+    """The lessons, for which base losses are measured where they are missing; the model is then let go of."""
+    losses = _base_losses(settings, curriculum, on_progress)
+    records, lessons = _lay_out(curriculum, losses, on_progress, measured=False)
+    if lessons.measuring is None:
+        return records, lessons
+    refuse_above(lessons.total(), settings.max_gpu_hours)
+    return _lay_out(curriculum, losses, on_progress, measured=True)
+
+
+def _lay_out(
+    curriculum: Curriculum, losses: BaseLosses, on_progress: Progress, *, measured: bool
+) -> tuple[Records, Lessons]:
     spec, source = curriculum.spec, curriculum.source
     encoder = RecordEncoder.load(curriculum.bench.base_model.path)
-    records = read_facts(source.train_path, spec, encoder, measure, on_progress)
+    measure = losses if measured else losses.kept
+    records = read_facts(source.train_path, spec, encoder, measure, on_progress, partly=not measured)
     if curriculum.stage_files is not None:
         stage_of = curriculum.stage_files.stage_of
     else:
@@ -193,6 +208,22 @@ def _base_losses(settings: Settings, curriculum: Curriculum, on_progress: Progre
         pad_token_id=RecordEncoder.load(base_model.path).pad_token_id,
         on_progress=on_progress,
     )
+
+
+def _not_trained(
+    laboratory: Laboratory, lessons: Lessons, dataset_of: Callable[[Lesson], PreparedDataset]
+) -> list[Lesson]:
+    """The trainings that are not there yet; a stage is not while the one before it is not."""
+    left: list[Lesson] = []
+    init: InitAdapter | None = None
+    for lesson in lessons.stages:
+        request = request_for(laboratory, lesson.plan, dataset=dataset_of(lesson), init_adapter=init)
+        if left or not is_complete(request.adapter_dir):
+            left.append(lesson)
+        else:
+            init = read_init_adapter(request.adapter_dir)
+    request = request_for(laboratory, lessons.shuffled.plan, dataset=dataset_of(lessons.shuffled))
+    return left if is_complete(request.adapter_dir) else [*left, lessons.shuffled]
 
 
 def _prefixed(stage: str, on_progress: Progress) -> Progress:

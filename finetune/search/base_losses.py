@@ -60,14 +60,22 @@ class BaseLosses:
             ArtifactError: what was kept is damaged.
         """
         shortened = [cut(record, self._max_length) for record in records]
-        keys = [_key(record) for record in shortened]
         missing = {
             key: record
-            for key, record in zip(keys, shortened, strict=True)
-            if key not in self._known and any(record.trained_mask[1:])
+            for record in shortened
+            if (key := _key(record)) not in self._known and any(record.trained_mask[1:])
         }
         if missing:
             self._known.update(self._measure(missing))
+        return self.kept(records)
+
+    def kept(self, records: Sequence[EncodedRecord]) -> NDArray[np.float64]:
+        """The losses of records that were measured before, NaN for the others; nothing is measured.
+
+        Raises:
+            ArtifactError: what was kept is damaged.
+        """
+        keys = [_key(cut(record, self._max_length)) for record in records]
         return np.array([self._known.get(key, np.nan) for key in keys])
 
     @cached_property

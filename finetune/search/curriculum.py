@@ -20,6 +20,9 @@ from finetune.search.spec import TrainingSpec, read_spec
 Difficulty = Literal["length", "base_loss", "score"]
 Source = Literal["files", "exports", "difficulty"]
 
+# The training that sees the same data in no order.
+COMPARISON = "shuffled"
+
 
 class StageSpec(BaseModel):
     """One stage: where its records come from, and what of the plan is another one in it."""
@@ -59,6 +62,8 @@ class CurriculumSpec(TrainingSpec):
             flat = names if field == "name" else [each for some in names for each in some]
             if twice := [str(each) for each, count in Counter(flat).items() if count > 1]:
                 raise ValueError(f"{field} {', '.join(twice)} stands there twice")
+        if any(stage.name == COMPARISON for stage in stages):
+            raise ValueError(f"name {COMPARISON} is that of the training which the stages are compared with")
         if stages[0].replay:
             raise ValueError(f"replay of {stages[0].name}: nothing comes before the first stage")
         for field in ("files", "exports", "share"):

@@ -161,7 +161,8 @@ def priced(lesson: Lesson) -> dict[str, Any]:
 
 def dry_run_result(name: str, spec: CurriculumSpec, lessons: Lessons, files: Sequence[FileCounts]) -> StepResult:
     """All trainings priced, none of them made."""
-    cost = lessons.total.cost
+    total = lessons.total()
+    cost = total.cost
     hours = cost.gpu_hours if cost else None
     rows = [priced(lesson) for lesson in lessons.trainings]
     if lessons.measuring is not None:
@@ -186,8 +187,8 @@ def dry_run_result(name: str, spec: CurriculumSpec, lessons: Lessons, files: Seq
         metadata={
             "status": "dry_run",
             "trainings": len(lessons.trainings),
-            "estimated_steps": lessons.total.estimated_steps,
-            "estimated_tokens": lessons.total.estimated_tokens,
+            "estimated_steps": total.estimated_steps,
+            "estimated_tokens": total.estimated_tokens,
             "estimated_gpu_hours": hours,
             "estimated_price": cost.price if cost else None,
         },

@@ -48,7 +48,13 @@ class Records:
 
 
 def read_facts(
-    path: Path, spec: CurriculumSpec, encoder: RecordEncoder, measure: Measure | None, on_progress: Progress
+    path: Path,
+    spec: CurriculumSpec,
+    encoder: RecordEncoder,
+    measure: Measure | None,
+    on_progress: Progress,
+    *,
+    partly: bool = False,
 ) -> Records:
     """Read a file of training records once.
 
@@ -56,8 +62,9 @@ def read_facts(
         path: JSONL, as prepared.
         spec: what is hard.
         encoder: of the base model.
-        measure: gives losses of the base model; None leaves them unmeasured.
+        measure: gives losses of the base model, for `by: base_loss`.
         on_progress: told of the records read.
+        partly: a loss may be missing, which leaves the difficulty unknown.
 
     Raises:
         DatasetError: a record has no score, or nothing to learn from; it is named.
@@ -77,7 +84,7 @@ def read_facts(
             lengths.append(len(tokens.input_ids))
             contents.append(xxh3_64_intdigest(content_key(checked_turns(record))[0]))
             values.append(value)
-            if math.isnan(value):
+            if math.isnan(value) and not (partly and spec.by == "base_loss"):
                 lacking.append(f"line {len(lengths)}{_identified(record)}")
         on_progress(ProgressEvent("difficulty", len(lengths), None, "records"))
     if lacking:
@@ -87,13 +94,13 @@ def read_facts(
             where=path,
             remedy="Give them one, leave them out of the exports, or order by something else",
         )
-    known = spec.by is not None and (spec.by != "base_loss" or measure is not None)
+    difficulty = np.array(values)
     return Records(
         path=path,
         offsets=np.array(ends, np.int64),
         lengths=np.array(lengths, np.int64),
         contents=np.array(contents, np.uint64),
-        difficulty=np.array(values) if known else None,
+        difficulty=None if spec.by is None or np.isnan(difficulty).any() else difficulty,
     )
 
 
@@ -109,9 +116,8 @@ def _values(
     """How hard each record is, NaN where nobody can tell."""
     if spec.by == "score":
         return [_number(value_at(record, spec.score)) for record in records]
-    if spec.by == "base_loss" and measure is not None:
-        losses: list[float] = measure(encoded).tolist()
-        return losses
+    if spec.by == "base_loss":
+        return [math.nan] * len(records) if measure is None else list(measure(encoded).tolist())
     return [float(len(record.input_ids)) for record in encoded]
 
 

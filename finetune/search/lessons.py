@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from finetune.planning.cost import estimate_cost
 from finetune.planning.models import CostEstimate, TrainingPlan
 from finetune.planning.plan import trial_id_of
 from finetune.search.candidates import Bench
-from finetune.search.curriculum import CurriculumSpec
+from finetune.search.curriculum import COMPARISON, CurriculumSpec
 from finetune.search.difficulty import Records
 from finetune.training.data import Ints, training_order
 
@@ -54,10 +55,9 @@ class Lessons:
         """All that is trained."""
         return [*self.stages, self.shuffled]
 
-    @property
-    def total(self) -> TrainingPlan:
-        """All trainings as one plan, for what they cost together."""
-        plans = [lesson.plan for lesson in self.trainings]
+    def total(self, trainings: Sequence[Lesson] | None = None) -> TrainingPlan:
+        """Trainings as one plan, for what they cost together with the measuring; all of them by default."""
+        plans = [lesson.plan for lesson in (self.trainings if trainings is None else trainings)]
         costs = [cost for cost in (*(plan.cost for plan in plans), self.measuring) if cost is not None]
         hours = [cost.gpu_hours for cost in costs]
         prices = [cost.price for cost in costs]
@@ -65,7 +65,9 @@ class Lessons:
             update={
                 "estimated_steps": sum(plan.estimated_steps for plan in plans),
                 "estimated_tokens": sum(plan.estimated_tokens or 0 for plan in plans),
-                "cost": costs[0].model_copy(
+                "cost": None
+                if not costs
+                else costs[0].model_copy(
                     update={
                         "gpu_hours": None if None in hours else sum(each for each in hours if each is not None),
                         "price": None if None in prices else sum(each for each in prices if each is not None),
@@ -153,7 +155,7 @@ def lay_out(spec: CurriculumSpec, records: Records, stage_of: Ints, plan: Traini
     unmeasured = spec.by == "base_loss" and records.difficulty is None
     return Lessons(
         stages=stages,
-        shuffled=Lesson("shuffled", rows, 0, shuffled),
+        shuffled=Lesson(COMPARISON, rows, 0, shuffled),
         left_out=int((stage_of == NO_STAGE).sum()),
         measuring=_cost(round(_FORWARD_SHARE * int(_cut(records, slice(None), plan).sum())), plan, bench)
         if unmeasured

@@ -88,13 +88,14 @@ def curriculum_adapter(
         CurriculumSpec,
         where="run config",
     )
-    base = base_model.resolve(report, weights=not spec.dry_run)
+    # A local model is known by its weights, and so are the losses that were measured with it.
+    base = base_model.resolve(report, weights=not spec.dry_run or base_model.is_local)
     bench = bench_of(SETTINGS, merged_dataset, dataset_profile, base)
     bench = bench.measured(run_log.measurements(base.name, bench.device))
     curriculum = open_curriculum(SETTINGS, spec, bench, report)
     context.log.info(curriculum.name)
     if spec.dry_run:
-        priced = price_curriculum(curriculum, report)
+        priced = price_curriculum(SETTINGS, curriculum, report)
         return dg.MaterializeResult(
             value=priced, metadata={**_told(priced.metadata), "proposed": table(priced.data["proposed"])}
         )

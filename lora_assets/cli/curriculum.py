@@ -31,11 +31,14 @@ def curriculum(
 
     settings, chosen, report = load_settings(), read_curriculum(spec), progress(as_json)
     dry_run = dry_run or chosen.dry_run
-    bench = make_bench(settings, chosen, report, weights=not dry_run)
+    model = chosen.base_model or settings.base_model_name
+    # A local model is known by its weights, and so are the losses that were measured with it.
+    local = model is None or Path(model).expanduser().is_dir()
+    bench = make_bench(settings, chosen, report, weights=local or not dry_run)
     bench = bench.measured(history(settings, bench.base_model.name, bench.device))
     opened = open_curriculum(settings, chosen, bench, report)
     if dry_run:
-        result = price_curriculum(opened, report)
+        result = price_curriculum(settings, opened, report)
     else:
         with open_run_log(settings) as run_log:
             result = run_curriculum(settings, opened, run_log, report)

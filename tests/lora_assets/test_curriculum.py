@@ -274,13 +274,17 @@ def test_an_equal_curriculum_trains_nothing_anew_and_a_dry_run_prices_it(
     assert (again["name"], again["adapter_hash"]) == (whole["name"], whole["adapter_hash"])
     assert sorted(path.stat().st_mtime_ns for path in (settings.data_root / "adapters/brain").iterdir()) == adapters
 
+    # Base losses are known by now, so that the stages are the very ones.
     priced = metadata_of(materialize(settings, tiny_model, {**CONFIG, "dry_run": True}))
     rows = [row.data for row in priced["proposed"].records]
-    assert [row["stage"] for row in rows] == ["(base_loss)", "easy", "hard", "shuffled"]
+    assert [(row["stage"], row["tokens"]) for row in rows] == [
+        (each.name, each.tokens) for each in (*report_of(whole).stages, report_of(whole).shuffled)
+    ]
     assert priced["estimated_gpu_hours"] == pytest.approx(sum(row["gpu_hours"] for row in rows))
 
-    # Of another seed, it would have to be trained, and takes longer than it may.
+    # What is trained takes no more time; of another seed, it would have to be trained, and takes longer than it may.
     monkeypatch.setattr(curriculum, "SETTINGS", settings.model_copy(update={"max_gpu_hours": 1e-6}))
+    assert metadata_of(materialize(settings, tiny_model, CONFIG))["name"] == whole["name"]
     refused = materialize(settings, tiny_model, {**CONFIG, "fixed": {**CONFIG["fixed"], "seed": 1}})
     assert not refused.success
     (failure,) = [event for event in refused.all_events if event.is_step_failure]

@@ -93,7 +93,7 @@ def laid(bench: Bench, encoder: RecordEncoder) -> Laid:
 
     def lessons(**fields: Any) -> tuple[Records, Lessons]:
         spec = spec_with(**fields)
-        records = read_facts(bench.dataset.train_path, spec, encoder, None, ignore_progress)
+        records = read_facts(bench.dataset.train_path, spec, encoder, None, ignore_progress, partly=True)
         exports = spec.source == "exports"
         stage_of = stages_of_exports(spec, bench.dataset) if exports else stages_by_difficulty(spec, records)
         return records, lay_out(spec, records, stage_of, plan_of(spec, bench, {}), bench)
@@ -111,6 +111,7 @@ def two(**fields: Any) -> list[dict[str, Any]]:
         ({"stages": [{"name": "all"}]}, r"stages: List should have at least 2"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, r"stages: name a stands there twice"),
         ({"stages": [{"name": "a/b"}, {"name": "b"}]}, r"stages.0.name: String should match"),
+        ({"stages": [{"name": "shuffled"}, {"name": "b"}]}, r"stages: name shuffled is that of the training which"),
         ({"stages": two(replay=1.5)}, r"stages.1.replay: .*less than or equal to 1"),
         ({"stages": two(epochs=0)}, r"stages.1.epochs: .*greater than 0"),
         ({"stages": two(learning_rate="fast")}, r"stages.1.learning_rate: .*valid number"),
@@ -269,13 +270,16 @@ def test_the_price_of_all_stages_and_of_the_comparison_is_refused_above_the_limi
     hours = [lesson.plan.cost.gpu_hours for lesson in lessons.trainings if lesson.plan.cost]
     tokens = [lesson.plan.estimated_tokens for lesson in lessons.trainings]
     assert hours == [pytest.approx((count or 0) / 1000 / 3600) for count in tokens]
-    cost = lessons.total.cost
+    cost = lessons.total().cost
     assert cost is not None
     assert cost.gpu_hours == pytest.approx(sum(hour or 0 for hour in hours))
     assert cost.price == pytest.approx(2 * (cost.gpu_hours or 0))
-    refuse_above(lessons.total, (cost.gpu_hours or 0) * 1.01)
-    with pytest.raises(ConfigurationError, match=rf"MAX_GPU_HOURS.*|{lessons.total.estimated_steps} steps"):
-        refuse_above(lessons.total, (cost.gpu_hours or 0) * 0.99)
+    refuse_above(lessons.total(), (cost.gpu_hours or 0) * 1.01)
+    with pytest.raises(ConfigurationError, match=rf"in {lessons.total().estimated_steps} steps, .*MAX_GPU_HOURS"):
+        refuse_above(lessons.total(), (cost.gpu_hours or 0) * 0.99)
+    # What is trained already costs nothing.
+    last = lessons.total([lessons.shuffled])
+    assert (last.estimated_steps, last.cost) == (lessons.shuffled.plan.estimated_steps, lessons.shuffled.plan.cost)
 
 
 def test_base_losses_that_are_yet_to_be_measured_are_priced_as_a_third_of_a_training(laid: Laid) -> None:
@@ -404,9 +408,12 @@ def test_a_base_loss_is_measured_once_whatever_file_the_record_is_in(
         )
 
     encoded = encoder.encode([record(number) for number in range(6)])
+    assert np.isnan(losses().kept(encoded)).all()
+    assert loads == [], "nothing is measured by looking"
     measured = losses()(encoded)
     assert np.isfinite(measured).all()
     assert len(set(measured.tolist())) > 1
+    assert losses().kept(encoded).tolist() == measured.tolist()
     assert losses()(encoded[::-1]).tolist() == measured[::-1].tolist()
     assert loads == [tiny_model.name], "the second time nothing was measured"
     more = losses()(encoder.encode([record(number) for number in (2, 50)]))
