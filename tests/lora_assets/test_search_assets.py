@@ -20,6 +20,7 @@ from lora_assets.settings import Settings
 from resources.artifact_store import ValueStore
 from resources.base_model import BaseModelSource
 from resources.study import StudyStore
+from tests.lora_assets.traces import traced
 from tests.profiles import PROFILE
 
 DATE = "2026-06-01"
@@ -85,6 +86,9 @@ def test_a_study_seats_its_workers_tells_of_every_trial_and_a_dry_run_of_none(
         assert {"history", "budget", "parallel"} <= set(told)
         assert str(told["history"].value).startswith("![](data:image/png;base64,")
         assert "</html>" in Path(str(told["report"].value)).read_text()
+        manifest = traced(Path(str(told["path"].value)), settings.layout)
+        assert told["run_ids"].value == ", ".join(entry.run_id for entry in manifest.trainings)
+        assert told["dataset_fingerprint"].value == manifest.inputs.datasets[0].fingerprint
         steps = {event.step_key for event in result.get_step_success_events()}
         assert {"brain__hpo_study.work_on_trials[0]", "brain__hpo_study.work_on_trials[1]"} <= steps
         value = StepResult.model_validate_json(
