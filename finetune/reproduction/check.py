@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from graphlib import TopologicalSorter
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from finetune.errors import ConfigurationError
+from finetune.errors import ArtifactError, ConfigurationError
 from finetune.reproduction.at_hand import AtHand, Found, Places
 from finetune.reproduction.circumstances import Difference, differences
 from finetune.reproduction.manifest import read_experiment_manifest
@@ -64,7 +64,7 @@ def select(path: Path, chosen: Sequence[str] = ()) -> Selection:
         chosen: ids; none for all.
 
     Raises:
-        ArtifactError: the manifest cannot be read.
+        ArtifactError: the manifest cannot be read, or contradicts itself.
         ConfigurationError: it tells of no training, or not of a chosen one.
     """
     manifest = read_experiment_manifest(path)
@@ -87,9 +87,13 @@ def select(path: Path, chosen: Sequence[str] = ()) -> Selection:
         name: [init.run_id] if (init := known[name].request.init_adapter) and init.run_id in names else []
         for name in names
     }
-    return Selection(
-        path=path, manifest=manifest, entries=[known[name] for name in TopologicalSorter(before).static_order()]
-    )
+    try:
+        ordered = [known[name] for name in TopologicalSorter(before).static_order()]
+    except CycleError as error:
+        raise ArtifactError(
+            "the manifest's trainings begin with each other's adapters", where=path, remedy="Restore it from a backup"
+        ) from error
+    return Selection(path=path, manifest=manifest, entries=ordered)
 
 
 def check(selection: Selection, at_hand: AtHand, places: Places) -> Checked:
@@ -114,6 +118,16 @@ def check(selection: Selection, at_hand: AtHand, places: Places) -> Checked:
         f"{found.kind} {found.name} {_fault(found)}"
         for found in inputs
         if found.state == "changed" or (found.state == "missing" and found.expected not in can_be_missing)
+    ]
+    told = {found.expected for found in inputs}
+    refusals += [
+        f"the manifest does not tell of the {what} of training {entry.run_id}"
+        for entry in entries
+        for what, expected in (
+            ("dataset", entry.request.dataset.fingerprint),
+            ("base model", entry.request.base_model.fingerprint),
+        )
+        if expected not in told
     ]
     refusals += [
         f"training {entry.run_id} ran elsewhere ({entry.result.backend})"

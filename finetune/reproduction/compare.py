@@ -19,7 +19,8 @@ Verdict = Literal["bit-identical", "within tolerance", "different"]
 class Compared(BaseModel):
     """A training beside its repetition; differences of losses are in nats per token.
 
-    `largest_weight_difference` is None where the published adapter is not at hand: then hashes and metrics decide.
+    `largest_weight_difference` is None where the published adapter is not at hand, when hashes and metrics decide, or
+    has other tensors.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -69,7 +70,8 @@ def compare(
         reason=reason,
         adapter_hash=recorded,
         reproduced_hash=found,
-        largest_weight_difference=weights,
+        # JSON knows no infinity; the reason tells of it.
+        largest_weight_difference=weights if weights is not None and math.isfinite(weights) else None,
         metrics=dict(metrics),
         adapter=reproduced,
         must_be_identical=must_be_identical,

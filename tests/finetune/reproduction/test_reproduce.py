@@ -12,7 +12,7 @@ import pytest
 
 from finetune.adapter_files import WEIGHTS_NAME
 from finetune.base_model.models import BaseModelRef
-from finetune.errors import ConfigurationError
+from finetune.errors import ArtifactError, ConfigurationError
 from finetune.layout import DataLayout
 from finetune.progress import ProgressEvent, ignore_progress
 from finetune.publishing import read_manifest
@@ -276,6 +276,25 @@ def test_a_manifest_that_cannot_be_run_says_why(published: Published, tmp_path: 
 
     (refusal,) = checked(copied(published, tmp_path, remote), published.places).refusals
     assert "ran elsewhere (h2o)" in refusal
+    shutil.rmtree(tmp_path / "copied")
+
+    def without_inputs(content: dict[str, Any]) -> None:
+        content["inputs"].update(datasets=[], base_models=[])
+
+    refusals = checked(copied(published, tmp_path, without_inputs), published.places).refusals
+    assert [refusal.split(" of training")[0] for refusal in refusals] == [
+        "the manifest does not tell of the dataset",
+        "the manifest does not tell of the base model",
+    ]
+    shutil.rmtree(tmp_path / "copied")
+
+    def circular(content: dict[str, Any]) -> None:
+        run_id = content["run_id"]
+        start = {"path": "/nowhere", "run_id": run_id, "adapter_hash": "0"}
+        content["trainings"][0]["request"]["init_adapter"] = start
+
+    with pytest.raises(ArtifactError, match="begin with each other's adapters"):
+        select(copied(published, tmp_path, circular))
     shutil.rmtree(tmp_path / "copied")
     with pytest.raises(ConfigurationError, match="tells of no training"):
         select(copied(published, tmp_path, lambda content: content.update(trainings=[])))
