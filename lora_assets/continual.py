@@ -29,6 +29,7 @@ from finetune.training.models import TrainingRequest
 from lora_assets.laboratory import Laboratory, evaluate, request_for, train
 from lora_assets.manifests import manifest_of
 from lora_assets.settings import Settings
+from lora_assets.start import deletions_of
 
 
 def of_settings(spec: ContinualSpec, settings: Settings) -> ContinualSpec:
@@ -181,6 +182,8 @@ def _plans(
     def make_plan(profile: DatasetProfile, *, method: Method | None, overrides: PlanOverrides) -> TrainingPlan:
         return plan_of(spec, replace(bench, profile=profile), overrides.model_dump(exclude_none=True), method=method)
 
+    deletions = deletions_of(settings)
+
     def going_on(fraction: float) -> TrainingPlan:
         return continued_plan(
             version,
@@ -190,6 +193,8 @@ def _plans(
             replay_fraction=fraction,
             method=spec.method,
             overrides=overrides,
+            deletions=deletions,
+            id_field=settings.id_field,
             make_plan=make_plan,
         )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from finetune.base_model.models import BaseModelRef
+from finetune.dataset.deletions import Deletions, with_contents
+from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import PreparedDataset
 from finetune.errors import ConfigurationError
 from finetune.planning.models import Method, Start, TrainingPlan
@@ -76,6 +78,8 @@ def with_start(
                 method=method,
                 # Losses of both are measured at the same length.
                 overrides=overrides.model_copy(update={"max_length": ordinary.trial_config.max_length}),
+                deletions=deletions_of(settings),
+                id_field=settings.id_field,
                 make_plan=make_plan,
             )
         except ConfigurationError as error:
@@ -88,6 +92,19 @@ def with_start(
     start = Start(asked=asked, version=None, reason=reason)
     explanations = [*ordinary.explanations, f"starts from the base model: {reason}"]
     return ordinary.model_copy(update={"start": start, "explanations": explanations})
+
+
+def deletions_of(settings: Settings) -> Deletions:
+    """What must not be learned, with the contents of the exports' records that the list names by their ids.
+
+    Raises:
+        ConfigurationError: the list cannot be read.
+        DatasetError: an export cannot be read.
+    """
+    listed = settings.prepare_parameters.deletions()
+    if not listed:
+        return listed
+    return with_contents(listed, discover_exports(settings.exports, settings.pattern), settings.id_field)
 
 
 def _decided(settings: Settings, date: str, asked: str) -> Start | None:

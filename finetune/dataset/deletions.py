@@ -150,7 +150,9 @@ def find_deletable(
     found = []
     for path in sorted(layout.prepared("date", "fingerprint").parent.parent.glob("[!.]*/[!.]*")):
         if is_complete(path):
-            train, held = (list(_named(path / name, deletions, id_field)) for name in ("train.jsonl", "eval.jsonl"))
+            train, held = (
+                list(named_lines(path / name, deletions, id_field)) for name in ("train.jsonl", "eval.jsonl")
+            )
             if train or held:
                 learned = trained.get(path.name, []) if train else []
                 found.append(Deletable(path=path, train_lines=train, eval_lines=held, versions=learned))
@@ -171,7 +173,12 @@ def _digest(record: Mapping[str, Any]) -> bytes:
     return xxh3_128_digest(content_key(checked_turns(record))[0])
 
 
-def _named(path: Path, deletions: Deletions, id_field: str) -> Iterator[int]:
+def named_lines(path: Path, deletions: Deletions, id_field: str) -> Iterator[int]:
+    """The lines of a file of records that the list names, from 1.
+
+    Raises:
+        ArtifactError: a line is no record.
+    """
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:

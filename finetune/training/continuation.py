@@ -7,6 +7,7 @@ from collections.abc import Callable
 from finetune.adapter_files import adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
+from finetune.dataset.deletions import Deletions, named_lines
 from finetune.dataset.models import PreparedDataset
 from finetune.dataset.prepare import load_prepared
 from finetune.dataset.profile import analyze
@@ -16,6 +17,7 @@ from finetune.layout import DataLayout
 from finetune.planning.model_config import read_model_shape
 from finetune.planning.models import Continued, Method, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
+from finetune.registry.descent import ancestry
 from finetune.registry.models import RegisteredVersion
 from finetune.training.init_adapter import differences, plan_like
 from finetune.training.models import InitAdapter
@@ -33,6 +35,8 @@ def continued_plan(
     replay_fraction: float,
     method: Method | None,
     overrides: PlanOverrides,
+    deletions: Deletions,
+    id_field: str,
     make_plan: MakePlan,
 ) -> TrainingPlan:
     """The plan of a training that begins with a version's adapter, on what it has not seen and a replay of the rest.
@@ -47,6 +51,8 @@ def continued_plan(
         replay_fraction: share of records that the version knows, of all that are trained on.
         method: as given by a person, or None.
         overrides: as given by a person, and the `max_length` at which losses are measured.
+        deletions: what must not be learned, with its contents (`finetune.dataset.deletions.with_contents`).
+        id_field: the field of a record's id.
         make_plan: `finetune.planning.plan.make_plan`, with whatever else it needs.
 
     Raises:
@@ -68,6 +74,8 @@ def continued_plan(
     known = _known_dataset(version, layout)
     if known is None:
         raise refuse("the dataset that it was trained on is not there, so that nobody can tell what is new")
+    if deletions and (why := _must_be_forgotten(version, layout, deletions, id_field)):
+        raise refuse(why)
     if adapter_hash(version.stored_path) != version.adapter_hash:
         raise ArtifactError(
             f"the adapter of {version.version} was altered: its hash is no longer {version.adapter_hash[:12]}",
@@ -108,6 +116,19 @@ def init_adapter_of(plan: TrainingPlan) -> InitAdapter | None:
     if continued is None:
         return None
     return InitAdapter(path=continued.adapter_path, run_id=continued.run_id, adapter_hash=continued.adapter_hash)
+
+
+def _must_be_forgotten(
+    version: RegisteredVersion, layout: DataLayout, deletions: Deletions, id_field: str
+) -> str | None:
+    """Why the version may know what must not be learned, itself or by those that it went on from, or None."""
+    for each in ancestry(layout.registry, version):
+        known = _known_dataset(each, layout)
+        if known is None:
+            return f"nobody can tell whether {each.version} learned what is on the deletion list: its dataset is gone"
+        if any(named_lines(known.train_path, deletions, id_field)):
+            return f"{each.version} learned what is on the deletion list"
+    return None
 
 
 def _known_dataset(version: RegisteredVersion, layout: DataLayout) -> PreparedDataset | None:

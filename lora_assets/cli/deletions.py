@@ -22,6 +22,7 @@ def deletions(
     """Tell which published datasets hold what is on the deletion list, and which versions learned it."""
     from finetune.dataset.deletions import find_deletable, read_deletions, versions_trained_on, with_contents
     from finetune.dataset.discovery import discover_exports
+    from finetune.registry.descent import with_descendants
     from finetune.registry.store import list_versions
 
     settings = load_settings()
@@ -33,7 +34,7 @@ def deletions(
         listed = with_contents(listed, discover_exports(settings.exports, settings.pattern), settings.id_field)
     versions = list_versions(settings.layout.registry)
     found = find_deletable(settings.layout, listed, versions, id_field=settings.id_field)
-    trained = versions_trained_on(found)
+    trained = with_descendants(versions_trained_on(found), versions)
     if as_json:
         print_json({"versions": trained, "datasets": [each.model_dump(mode="json") for each in found]})
         return

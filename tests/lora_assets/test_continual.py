@@ -13,13 +13,15 @@ from typer.testing import CliRunner
 
 from finetune.adapter_files import adapter_hash
 from finetune.base_model.models import BaseModelRef
+from finetune.dataset.deletions import content_hash
 from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import PreparedDataset
 from finetune.planning.models import TrainingPlan
 from finetune.publishing import read_manifest, sha256_file
+from finetune.registry.descent import ancestry, with_descendants
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.promotion import champion, promote
-from finetune.registry.store import get_version, register_adapter
+from finetune.registry.store import get_version, list_versions, register_adapter
 from finetune.search.continual import ContinualResult
 from lora_assets.assets import continual, dataset, evaluation, training
 from lora_assets.assets.common import key
@@ -236,6 +238,30 @@ def test_a_champion_that_cannot_be_continued_is_told_of_and_the_date_starts_from
     assert plan.continued is None
     assert plan.explanations[-1].startswith("starts from the base model: v")
     assert why in plan.explanations[-1]
+
+
+def test_what_must_not_be_learned_is_not_gone_on_with(loop: Loop, tmp_path: Path) -> None:
+    """A version that went on from another one knows what that has learned."""
+    versions = list_versions(loop.settings.layout.registry)
+    assert with_descendants(["v1"], versions)[:2] == ["v1", "v2"]
+    assert [each.version for each in ancestry(loop.settings.layout.registry, versions[1])] == ["v2", "v1"]
+    listed = tmp_path / "deletions.txt"
+    learned = read_value(loop.settings, "merged_dataset", OLD, PreparedDataset)
+    assert learned is not None
+    record = json.loads(learned.train_path.read_text().splitlines()[0])
+    listed.write_text(f"content:{content_hash(record)}\n")
+    settings = loop.settings.model_copy(update={"deletion_list": listed})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SETTINGS", settings)
+        told = loop.make(NEW, "training_plan", replay_fraction=0.2)["training_plan"]["why"]
+        assert "starts from the base model: " in told
+        assert "learned what is on the deletion list" in told
+        with pytest.raises(dg.Failure, match="v2 cannot be continued: v2 learned what is on the deletion list"):
+            loop.make(NEW, "training_plan", init_from="v2")
+        listed.write_text(f"content:{'0' * 32}\n")
+        told = loop.make(NEW, "training_plan", replay_fraction=0.15, init_from="v1")["training_plan"]
+        assert told["starts_from"] == "v1"
+    loop.make(NEW, "training_plan")
 
 
 def test_a_version_that_somebody_names_and_that_cannot_be_continued_is_an_error(loop: Loop) -> None:
