@@ -171,7 +171,7 @@ def _trained(
             "run_id": trained.request.run_id,
             "adapter_path": trained.request.adapter_dir,
             "training_steps": trained.result.training_steps,
-            "gpu_hours": trained.result.gpu_hours,
+            "gpu_hours": trained.result.seconds * trained.result.processes / 3600,
         }
     )
 

@@ -52,7 +52,8 @@ class Evaluated(BaseModel):
 class Member(BaseModel):
     """One member: how it was trained, or would be, and what it is worth.
 
-    `gpu_hours` and `price` are estimates until it is trained; `fault` says why it is left out.
+    `gpu_hours` are of one device, CPU or GPU; they and `price` are estimates until it is trained. `fault` says why
+    it is left out.
     """
 
     model_config = ConfigDict(frozen=True)

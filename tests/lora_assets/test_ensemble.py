@@ -150,6 +150,7 @@ def test_a_combination_that_a_bad_member_spoils_is_not_published(place: Place) -
     assert result.verdict.delta > 0
     assert "the combination is worse" in result.reason
     assert [member.weight for member in result.members] == pytest.approx([1 / 3] * 3)
+    assert all(member.gpu_hours and member.gpu_hours > 0 for member in result.members)
     # What was found is there all the same, and says why.
     assert result.path is not None
     assert "Not published: against the best member" in (result.path / "report.html").read_text()
