@@ -10,8 +10,7 @@ from finetune.planning.cost import gpu_hours, refuse_all_above
 from finetune.planning.models import TrainingPlan
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import is_complete, sha256_file
-from finetune.search.ablation import AblationSpec, Arm, arms_of, shown
-from finetune.search.ablation_report import (
+from finetune.search.ablation.report import (
     AblationResult,
     ArmRun,
     conclusion_of,
@@ -20,6 +19,7 @@ from finetune.search.ablation_report import (
     read_ablation,
     step_result,
 )
+from finetune.search.ablation.spec import AblationSpec, Arm, arms_of, shown
 from finetune.search.candidates import Bench
 from finetune.search.models import StepResult
 from finetune.search.traced import ablation_figures

@@ -10,7 +10,7 @@ from finetune.evaluation.models import EvalReport
 from finetune.export.models import GgufExport, MergedModel
 from finetune.publishing import read_manifest
 from finetune.registry.models import RegisteredVersion
-from finetune.search.ensemble_result import EnsembleResult
+from finetune.search.ensemble.result import EnsembleResult
 from finetune.training.models import TrainingResult
 from lora_assets.assets.common import SETTINGS, key, log_progress, made_from, path, table
 from lora_assets.kubernetes import convert_step

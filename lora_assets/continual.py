@@ -21,8 +21,16 @@ from finetune.registry.champion import champion_before
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.store import get_version
 from finetune.search.candidates import Bench, plan_of
-from finetune.search.continual import Arm, ArmName, ContinualResult, ContinualSpec, Losses, concluded, measured
-from finetune.search.continual_report import publish_report, read_report
+from finetune.search.continual.comparison import (
+    Arm,
+    ArmName,
+    ContinualResult,
+    ContinualSpec,
+    Losses,
+    concluded,
+    measured,
+)
+from finetune.search.continual.report import publish_report, read_report
 from finetune.search.traced import continual_figures
 from finetune.training.continuation import continued_plan, init_adapter_of
 from finetune.training.models import TrainingRequest

@@ -16,11 +16,12 @@ from finetune.planning.cost import refuse_above
 from finetune.planning.models import TrainingPlan
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import find_published, is_complete, sha256_file
-from finetune.search.base_losses import BaseLosses
 from finetune.search.candidates import Bench, plan_of
-from finetune.search.curriculum import CurriculumSpec
-from finetune.search.curriculum_adapter import publish_adapter
-from finetune.search.curriculum_report import (
+from finetune.search.curriculum.adapter import publish_adapter
+from finetune.search.curriculum.base_losses import BaseLosses
+from finetune.search.curriculum.difficulty import Records, read_facts
+from finetune.search.curriculum.lessons import Lesson, Lessons, lay_out, stages_by_difficulty, stages_of_exports
+from finetune.search.curriculum.report import (
     KIND,
     CurriculumReport,
     LessonOutcome,
@@ -32,10 +33,9 @@ from finetune.search.curriculum_report import (
     result_of,
     verdict_of,
 )
-from finetune.search.difficulty import Records, read_facts
-from finetune.search.lessons import Lesson, Lessons, lay_out, stages_by_difficulty, stages_of_exports
+from finetune.search.curriculum.spec import CurriculumSpec
+from finetune.search.curriculum.stage_files import FileCounts, StageFiles, prepare_stage_files
 from finetune.search.models import StepResult
-from finetune.search.stage_files import FileCounts, StageFiles, prepare_stage_files
 from finetune.search.traced import curriculum_figures
 from finetune.training.init_adapter import read_init_adapter
 from finetune.training.models import InitAdapter

@@ -19,11 +19,11 @@ from finetune.planning.models import TrainingPlan
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import is_complete, sha256_file
 from finetune.search.candidates import Bench, plan_of
-from finetune.search.ensemble import EnsembleSpec, MemberSpec
-from finetune.search.ensemble_report import publish_combination, publish_report, read_report
-from finetune.search.ensemble_result import EnsembleResult, Evaluated, Member, Verdict
-from finetune.search.judging import Halves, figures, halves, judge, mean_loss
-from finetune.search.mixing import mix
+from finetune.search.ensemble.judging import Halves, figures, halves, judge, mean_loss
+from finetune.search.ensemble.mixing import mix
+from finetune.search.ensemble.report import publish_combination, publish_report, read_report
+from finetune.search.ensemble.result import EnsembleResult, Evaluated, Member, Verdict
+from finetune.search.ensemble.spec import EnsembleSpec, MemberSpec
 from finetune.search.traced import combination_of, ensemble_figures
 from lora_assets.laboratory import Laboratory, evaluate, request_for, train
 from lora_assets.manifests import manifest_of

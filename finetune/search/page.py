@@ -10,10 +10,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 
 def render_page(template: str, *, plots: Mapping[str, bytes], captions: Mapping[str, str], **values: Any) -> str:
-    """A page from a template of this directory, which extends ``page.html.jinja``.
+    """A page from a template of this package, which extends ``page.html.jinja``.
 
     Args:
-        template: its file name.
+        template: its path within the package.
         plots: pictures as PNG, by file name.
         captions: what each picture shows, by its file name.
         values: what else the template names; one that is missing is an error.

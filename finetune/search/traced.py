@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from finetune.reproduction.manifest import evaluation_of
 from finetune.reproduction.models import Combination, Figure
-from finetune.search.ablation_report import AblationResult
-from finetune.search.continual import PARTS, ContinualResult
-from finetune.search.curriculum_report import CurriculumReport
-from finetune.search.ensemble_result import EnsembleResult
+from finetune.search.ablation.report import AblationResult
+from finetune.search.continual.comparison import PARTS, ContinualResult
+from finetune.search.curriculum.report import CurriculumReport
+from finetune.search.ensemble.result import EnsembleResult
 
 Figures = dict[str, Figure]
 

@@ -6,8 +6,8 @@ import dagster as dg
 from pydantic import Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
-from finetune.search.ablation import AblationSpec, arms_of, dry_run
-from finetune.search.ablation_report import AblationResult, rows_of
+from finetune.search.ablation.report import AblationResult, rows_of
+from finetune.search.ablation.spec import AblationSpec, arms_of, dry_run
 from finetune.search.models import StepResult
 from finetune.search.spec import spec_of
 from lora_assets.assets.common import (

@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
-from finetune.search.continual import ContinualResult, ContinualSpec
+from finetune.search.continual.comparison import ContinualResult, ContinualSpec
 from finetune.search.spec import spec_of
 from lora_assets.assets.common import (
     COMMON,
@@ -80,7 +80,7 @@ def continual_report(
 
 
 def _told(result: ContinualResult) -> dict[str, Any]:
-    from finetune.search.continual_report import CAPTIONS
+    from finetune.search.continual.report import CAPTIONS
 
     arms = [
         {

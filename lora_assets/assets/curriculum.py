@@ -6,7 +6,7 @@ import dagster as dg
 from pydantic import Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
-from finetune.search.curriculum import CurriculumSpec
+from finetune.search.curriculum.spec import CurriculumSpec
 from finetune.search.models import StepResult
 from finetune.search.spec import spec_of
 from lora_assets.assets.common import (

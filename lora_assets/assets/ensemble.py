@@ -4,8 +4,8 @@ import dagster as dg
 from pydantic import Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
-from finetune.search.ensemble import EnsembleSpec
-from finetune.search.ensemble_result import EnsembleResult
+from finetune.search.ensemble.result import EnsembleResult
+from finetune.search.ensemble.spec import EnsembleSpec
 from finetune.search.spec import spec_of
 from lora_assets.assets.common import (
     COMMON,
@@ -82,7 +82,7 @@ def ensemble_adapter(
 
 
 def _shown(result: EnsembleResult) -> dg.MaterializeResult[EnsembleResult]:
-    from finetune.search.ensemble_report import CAPTIONS
+    from finetune.search.ensemble.report import CAPTIONS
 
     metadata: dict[str, dg.MetadataValue | dg.RawMetadataValue] = {
         "status": result.status,

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from finetune.search.ablation import AblationSpec, arms_of, dry_run
-from finetune.search.ablation_report import AblationResult, rows_of
+from finetune.search.ablation.report import AblationResult, rows_of
+from finetune.search.ablation.spec import AblationSpec, arms_of, dry_run
 from finetune.search.models import StepResult
 from finetune.search.spec import read_spec
 from lora_assets.cli.console import Json, out, plain_errors, print_json, print_table

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.search.continual import PARTS, ContinualResult, ContinualSpec
+from finetune.search.continual.comparison import PARTS, ContinualResult, ContinualSpec
 from finetune.search.spec import read_spec
 from lora_assets.cli.console import Json, out, plain_errors, print_json, print_table
 from lora_assets.cli.tools import progress

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from finetune.search.curriculum import read_curriculum
+from finetune.search.curriculum.spec import read_curriculum
 from finetune.search.models import StepResult
 from lora_assets.cli.console import Json, out, plain_errors, print_json, print_table
 from lora_assets.cli.tools import progress

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from finetune.search.ensemble import EnsembleSpec
-from finetune.search.ensemble_result import EnsembleResult, Member
+from finetune.search.ensemble.result import EnsembleResult, Member
+from finetune.search.ensemble.spec import EnsembleSpec
 from finetune.search.spec import read_spec
 from lora_assets.cli.console import Json, out, plain_errors, print_json, print_table
 from lora_assets.cli.tools import progress

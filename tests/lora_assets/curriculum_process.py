@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune.dataset.scripts import count_letters
 from finetune.progress import ProgressEvent
-from finetune.search.curriculum import CurriculumSpec
+from finetune.search.curriculum.spec import CurriculumSpec
 from finetune.search.spec import spec_of
 from finetune.training import monitor
 from lora_assets.curriculum import open_curriculum, run_curriculum

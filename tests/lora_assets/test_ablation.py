@@ -23,7 +23,7 @@ from finetune.errors import ArtifactError, ConfigurationError
 from finetune.evaluation.losses import read_losses
 from finetune.progress import ignore_progress
 from finetune.publishing import read_manifest, sha256_file
-from finetune.search.ablation import AblationSpec, arms_of
+from finetune.search.ablation.spec import AblationSpec, arms_of
 from finetune.search.models import StepResult
 from finetune.search.spec import spec_of
 from lora_assets.ablation import run_ablation

@@ -22,7 +22,7 @@ from finetune.registry.descent import ancestry, with_descendants
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.promotion import champion, promote
 from finetune.registry.store import get_version, list_versions, register_adapter
-from finetune.search.continual import ContinualResult
+from finetune.search.continual.comparison import ContinualResult
 from lora_assets.assets import continual, dataset, evaluation, training
 from lora_assets.assets.common import key
 from lora_assets.cli.app import app

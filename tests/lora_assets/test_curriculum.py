@@ -21,7 +21,7 @@ from finetune.dataset.prepare import prepare_dataset
 from finetune.dataset.profile import profile_dataset
 from finetune.evaluation.losses import read_losses
 from finetune.publishing import read_manifest, sha256_file
-from finetune.search.curriculum_report import CurriculumReport, change
+from finetune.search.curriculum.report import CurriculumReport, change
 from finetune.training.init_adapter import read_init_adapter
 from lora_assets.assets import curriculum
 from lora_assets.assets.common import COMMON

@@ -29,9 +29,9 @@ from finetune.evaluation.losses import read_losses
 from finetune.progress import ignore_progress
 from finetune.publishing import publish_directory, read_manifest, sha256_file
 from finetune.search.candidates import plan_of
-from finetune.search.ensemble import EnsembleSpec
-from finetune.search.ensemble_result import EnsembleResult
-from finetune.search.judging import halves
+from finetune.search.ensemble.judging import halves
+from finetune.search.ensemble.result import EnsembleResult
+from finetune.search.ensemble.spec import EnsembleSpec
 from lora_assets.assets import ensemble as asset
 from lora_assets.assets.common import COMMON, made_from
 from lora_assets.checks import combination_beats_best_member

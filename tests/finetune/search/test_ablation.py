@@ -14,8 +14,7 @@ from finetune.evaluation.losses import RecordLosses
 from finetune.planning.history import Measurement
 from finetune.publishing import read_manifest
 from finetune.reproduction.manifest import experiment_manifest
-from finetune.search.ablation import AblationSpec, Arm, arms_of, dry_run, shown
-from finetune.search.ablation_report import (
+from finetune.search.ablation.report import (
     AblationResult,
     ArmRun,
     conclusion_of,
@@ -24,6 +23,7 @@ from finetune.search.ablation_report import (
     read_ablation,
     step_result,
 )
+from finetune.search.ablation.spec import AblationSpec, Arm, arms_of, dry_run, shown
 from finetune.search.candidates import Bench
 from finetune.search.spec import read_spec, spec_of
 from tests.profiles import PROFILE

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from finetune.search.comparison import holm, mean_ci95, paired_difference
+from finetune.search.ablation.comparison import holm, mean_ci95, paired_difference
 
 # Hours of sleep that ten patients gained by one drug and another: Student, The Probable Error of a Mean, 1908.
 DEXTRO = [0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]

@@ -9,7 +9,15 @@ import numpy.typing as npt
 import pytest
 
 from finetune.errors import ConfigurationError, DatasetError
-from finetune.search.continual import Arm, ArmName, ContinualResult, ContinualSpec, Losses, concluded, measured
+from finetune.search.continual.comparison import (
+    Arm,
+    ArmName,
+    ContinualResult,
+    ContinualSpec,
+    Losses,
+    concluded,
+    measured,
+)
 from finetune.search.spec import spec_of
 
 # Six old records and six new ones, of ten tokens each.

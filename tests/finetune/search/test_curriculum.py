@@ -27,15 +27,15 @@ from finetune.layout import DataLayout
 from finetune.planning.cost import refuse_above
 from finetune.progress import ignore_progress
 from finetune.publishing import read_manifest
-from finetune.search import base_losses
-from finetune.search.base_losses import BaseLosses
 from finetune.search.candidates import Bench, plan_of
-from finetune.search.curriculum import CurriculumSpec, read_curriculum
-from finetune.search.curriculum_report import change, verdict_of
-from finetune.search.difficulty import Records, read_facts
-from finetune.search.lessons import Lessons, lay_out, stages_by_difficulty, stages_of_exports
+from finetune.search.curriculum import base_losses
+from finetune.search.curriculum.base_losses import BaseLosses
+from finetune.search.curriculum.difficulty import Records, read_facts
+from finetune.search.curriculum.lessons import Lessons, lay_out, stages_by_difficulty, stages_of_exports
+from finetune.search.curriculum.report import change, verdict_of
+from finetune.search.curriculum.spec import CurriculumSpec, read_curriculum
+from finetune.search.curriculum.stage_files import prepare_stage_files
 from finetune.search.spec import spec_of
-from finetune.search.stage_files import prepare_stage_files
 from finetune.training.data import training_order
 
 DATE = "2026-06-02"

@@ -19,15 +19,15 @@ from finetune.errors import ConfigurationError, DatasetError
 from finetune.evaluation.losses import RecordLosses
 from finetune.layout import DataLayout
 from finetune.publishing import sha256_file
-from finetune.search.ensemble import (
+from finetune.search.ensemble.judging import Halves, figures, halves, judge
+from finetune.search.ensemble.mixing import peft_weights
+from finetune.search.ensemble.spec import (
     EnsembleSpec,
     Weighting,
     greedy_soup,
     loss_weights,
     soup_weights,
 )
-from finetune.search.judging import Halves, figures, halves, judge
-from finetune.search.mixing import peft_weights
 from finetune.search.spec import spec_of
 
 FORMULAS: list[Weighting] = ["uniform", "inverse_loss", "softmax_loss"]

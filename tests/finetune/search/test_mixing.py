@@ -10,8 +10,8 @@ import pytest
 from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from finetune.base_model.models import BaseModelRef
 from finetune.errors import ConfigurationError, StorageFullError
-from finetune.search.ensemble import Combination, EnsembleSpec
-from finetune.search.mixing import mixing
+from finetune.search.ensemble.mixing import mixing
+from finetune.search.ensemble.spec import Combination, EnsembleSpec
 
 if TYPE_CHECKING:
     import torch

@@ -20,7 +20,7 @@ from finetune.dataset.rules import checked_turns
 from finetune.dataset.screening import value_at
 from finetune.errors import DatasetError
 from finetune.progress import Progress, ProgressEvent
-from finetune.search.curriculum import CurriculumSpec
+from finetune.search.curriculum.spec import CurriculumSpec
 from finetune.training.data import Ints
 
 _CHUNK = 2048

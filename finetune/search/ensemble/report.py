@@ -14,8 +14,8 @@ from finetune.errors import ArtifactError
 from finetune.publishing import is_complete, publish_directory, read_manifest
 from finetune.reproduction.manifest import write_manifest
 from finetune.reproduction.models import ExperimentManifest
-from finetune.search.ensemble_plots import losses_png, soup_png
-from finetune.search.ensemble_result import EnsembleResult
+from finetune.search.ensemble.plots import losses_png, soup_png
+from finetune.search.ensemble.result import EnsembleResult
 from finetune.search.page import render_page
 from finetune.training.attempt import KIND as ADAPTER_KIND
 
@@ -35,7 +35,7 @@ def publish_report(directory: Path, result: EnsembleResult, manifest: Experiment
     plots = {"losses.png": losses_png(result)}
     if len(result.tastes) > 1:
         plots["soup.png"] = soup_png(result)
-    page = render_page("ensemble.html.jinja", plots=plots, captions=CAPTIONS, result=result)
+    page = render_page("ensemble/report.html.jinja", plots=plots, captions=CAPTIONS, result=result)
     with publish_directory(directory, kind=KIND) as staging:
         for file, picture in plots.items():
             (staging.path / file).write_bytes(picture)

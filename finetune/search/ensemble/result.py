@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from finetune.search.ensemble import EnsembleSpec, Taste
+from finetune.search.ensemble.spec import EnsembleSpec, Taste
 
 
 class Figures(BaseModel):

@@ -15,7 +15,7 @@ from finetune.evaluation.adapters import load_base
 from finetune.evaluation.heldout import read_heldout
 from finetune.evaluation.scoring import score
 from finetune.progress import Progress, ProgressEvent
-from finetune.search.ensemble import BY_FACTOR, Combination, EnsembleSpec, Taste, greedy_soup, soup_weights
+from finetune.search.ensemble.spec import BY_FACTOR, Combination, EnsembleSpec, Taste, greedy_soup, soup_weights
 from finetune.training.adapters import save_adapter
 from finetune.training.disk import any_full_disk_named
 

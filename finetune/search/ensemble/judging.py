@@ -14,7 +14,7 @@ from finetune.errors import DatasetError
 from finetune.evaluation.figures import RESAMPLES
 from finetune.evaluation.losses import RecordLosses
 from finetune.evaluation.statistics import bootstrap_ci95
-from finetune.search.ensemble_result import Figures, Verdict
+from finetune.search.ensemble.result import Figures, Verdict
 
 _FEWEST_RECORDS = 4
 

@@ -13,9 +13,9 @@ from finetune.planning.models import TrialConfig
 from finetune.publishing import find_published, publish_directory
 from finetune.reproduction.manifest import write_manifest
 from finetune.reproduction.models import ExperimentManifest
-from finetune.search.ablation import AblationSpec, Arm, Setting, shown, shown_value
-from finetune.search.ablation_plots import pictures
-from finetune.search.comparison import Difference, holm, mean_ci95, paired_difference
+from finetune.search.ablation.comparison import Difference, holm, mean_ci95, paired_difference
+from finetune.search.ablation.plots import pictures
+from finetune.search.ablation.spec import AblationSpec, Arm, Setting, shown, shown_value
 from finetune.search.models import StepResult
 from finetune.search.page import render_page
 
@@ -206,7 +206,7 @@ def publish_ablation(directory: Path, result: AblationResult, manifest: Experime
     """
     plots = pictures(result)
     page = render_page(
-        "ablation.html.jinja",
+        "ablation/report.html.jinja",
         plots=plots,
         captions={file: captions_of(file) for file in plots},
         result=result,

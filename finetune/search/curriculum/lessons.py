@@ -15,8 +15,8 @@ from finetune.planning.cost import estimate_cost
 from finetune.planning.models import CostEstimate, TrainingPlan
 from finetune.planning.plan import trial_id_of
 from finetune.search.candidates import Bench
-from finetune.search.curriculum import COMPARISON, CurriculumSpec
-from finetune.search.difficulty import Records
+from finetune.search.curriculum.difficulty import Records
+from finetune.search.curriculum.spec import COMPARISON, CurriculumSpec
 from finetune.training.data import Ints, training_order
 
 # A forward pass takes a third of what a training step takes (Kaplan et al. 2020, section 2.1).

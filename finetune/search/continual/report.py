@@ -11,7 +11,7 @@ from finetune.errors import ArtifactError
 from finetune.publishing import is_complete, publish_directory, read_manifest
 from finetune.reproduction.manifest import write_manifest
 from finetune.reproduction.models import ExperimentManifest
-from finetune.search.continual import PARTS, ContinualResult
+from finetune.search.continual.comparison import PARTS, ContinualResult
 from finetune.search.page import render_page
 
 KIND = "continual"
@@ -28,7 +28,7 @@ def publish_report(directory: Path, result: ContinualResult, manifest: Experimen
         StorageFullError: the disk is full.
     """
     plots = {"losses.png": losses_png(result), "changes.png": changes_png(result)}
-    page = render_page("continual.html.jinja", plots=plots, captions=CAPTIONS, result=result, parts=PARTS)
+    page = render_page("continual/report.html.jinja", plots=plots, captions=CAPTIONS, result=result, parts=PARTS)
     with publish_directory(directory, kind=KIND) as staging:
         for file, picture in plots.items():
             (staging.path / file).write_bytes(picture)

@@ -9,7 +9,7 @@ from typing import Any
 from finetune.adapter_files import CONFIG_NAME, WEIGHTS_NAME, read_adapter_config
 from finetune.dataset.chosen import link_or_copy
 from finetune.publishing import find_published, publish_directory
-from finetune.search.curriculum_report import CurriculumReport, LessonOutcome
+from finetune.search.curriculum.report import CurriculumReport, LessonOutcome
 from finetune.training.attempt import KIND, LOG_NAME
 from finetune.training.card import model_card
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult

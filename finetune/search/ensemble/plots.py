@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from finetune.canvas import BAD, GOOD, PLAIN, canvas, png
 
 if TYPE_CHECKING:
-    from finetune.search.ensemble_result import EnsembleResult, Figures
+    from finetune.search.ensemble.result import EnsembleResult, Figures
 
 
 def losses_png(result: EnsembleResult) -> bytes:

@@ -17,11 +17,11 @@ from finetune.evaluation.statistics import bootstrap_ci95
 from finetune.publishing import publish_directory
 from finetune.reproduction.manifest import write_manifest
 from finetune.reproduction.models import ExperimentManifest
-from finetune.search.curriculum import CurriculumSpec
-from finetune.search.lessons import Lesson, Lessons
+from finetune.search.curriculum.lessons import Lesson, Lessons
+from finetune.search.curriculum.spec import CurriculumSpec
+from finetune.search.curriculum.stage_files import FileCounts
 from finetune.search.models import StepResult
 from finetune.search.page import render_page
-from finetune.search.stage_files import FileCounts
 
 KIND = "curriculum"
 CAPTIONS = {"held_out.png": "Held-out loss after each stage, and of the same data shuffled at as many steps"}
@@ -232,7 +232,7 @@ def publish_curriculum_report(directory: Path, report: CurriculumReport, manifes
         StorageFullError: the disk is full.
     """
     plots = {"held_out.png": held_out_png(report)}
-    page = render_page("curriculum.html.jinja", plots=plots, captions=CAPTIONS, report=report)
+    page = render_page("curriculum/report.html.jinja", plots=plots, captions=CAPTIONS, report=report)
     with publish_directory(directory, kind=KIND) as staging:
         for file, picture in plots.items():
             (staging.path / file).write_bytes(picture)

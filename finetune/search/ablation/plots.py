@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finetune.canvas import BAD, GOOD, LINE, PLAIN, canvas, png
-from finetune.search.ablation import Setting, shown_value
+from finetune.search.ablation.spec import Setting, shown_value
 
 if TYPE_CHECKING:
-    from finetune.search.ablation_report import AblationResult, ArmFigures
+    from finetune.search.ablation.report import AblationResult, ArmFigures
 
 _COLOURS = {"base": LINE, "better": GOOD, "worse": BAD, "same": PLAIN, "open": PLAIN, "failed": PLAIN}
 

@@ -30,7 +30,7 @@ from finetune.hashed_file import HashedFile
 from finetune.layout import DataLayout
 from finetune.progress import Progress
 from finetune.publishing import is_complete, publish_directory, sha256_json
-from finetune.search.curriculum import CurriculumSpec
+from finetune.search.curriculum.spec import CurriculumSpec
 
 # Part of a fingerprint: raise it when the same files come to give other records.
 _METHOD = 1
