@@ -8,8 +8,9 @@ from finetune.adapter_files import adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
 from finetune.dataset.deletions import Deletions, named_lines
+from finetune.dataset.inspect import leaked_prompts
 from finetune.dataset.models import PreparedDataset
-from finetune.dataset.prepare import load_prepared
+from finetune.dataset.prepare import KIND, load_prepared
 from finetune.dataset.profile import analyze
 from finetune.dataset.replay import new_and_replayed
 from finetune.errors import ArtifactError, ConfigurationError
@@ -17,11 +18,14 @@ from finetune.layout import DataLayout
 from finetune.planning.model_config import read_model_shape
 from finetune.planning.models import Continued, Method, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
+from finetune.publishing import read_manifest
 from finetune.registry.descent import ancestry
 from finetune.registry.models import RegisteredVersion
 from finetune.training.init_adapter import differences, plan_like
 from finetune.training.models import InitAdapter
 
+# With which secrets and personal data are not learned.
+_HIDING = ("mask", "reject")
 # Makes the plan of a profile; called with `method` and `overrides` by name.
 MakePlan = Callable[..., TrainingPlan]
 
@@ -76,6 +80,8 @@ def continued_plan(
         raise refuse("the dataset that it was trained on is not there, so that nobody can tell what is new")
     if deletions and (why := _must_be_forgotten(version, layout, deletions, id_field)):
         raise refuse(why)
+    if why := _would_leak(version, layout, dataset):
+        raise refuse(why)
     if adapter_hash(version.stored_path) != version.adapter_hash:
         raise ArtifactError(
             f"the adapter of {version.version} was altered: its hash is no longer {version.adapter_hash[:12]}",
@@ -128,6 +134,23 @@ def _must_be_forgotten(
             return f"nobody can tell whether {each.version} learned what is on the deletion list: its dataset is gone"
         if any(named_lines(known.train_path, deletions, id_field)):
             return f"{each.version} learned what is on the deletion list"
+    return None
+
+
+def _would_leak(version: RegisteredVersion, layout: DataLayout, dataset: PreparedDataset) -> str | None:
+    """Why the version may know what the dataset holds out or does not show, itself or by its ancestors, or None."""
+    ours = read_manifest(dataset.path, kind=KIND).parameters
+    for each in ancestry(layout.registry, version):
+        known = _known_dataset(each, layout)
+        if known is None:
+            continue
+        theirs = read_manifest(known.path, kind=KIND).parameters
+        if ours.get("sensitive_data") in _HIDING and theirs.get("sensitive_data") not in _HIDING:
+            return f"{each.version} was trained before sensitive data were looked for (SENSITIVE_DATA)"
+        # With the same salt, who held out as much held out the same and more.
+        held_out_less = theirs["eval_fraction"] < ours["eval_fraction"] or theirs["salt"] != ours["salt"]
+        if held_out_less and (leaked := leaked_prompts(known.train_path, dataset.eval_path)):
+            return f"{each.version} was trained on {len(leaked)} of the prompts that are held out now (EVAL_FRACTION)"
     return None
 
 
