@@ -10,12 +10,18 @@ _MASK = "***"
 # A shorter one would take everyday words along.
 _SHORTEST = 4
 # What looks like a secret wherever it comes from: credentials of an address, keys of a header, tokens of the hub,
-# passwords as libpq writes them, and the secret half of a chat service's webhook.
+# passwords as libpq writes them, variables that are named so, and the secret half of a chat service's webhook.
 _PATTERNS = (
     (re.compile(r"(?<=://)[^/@\s'\"]+@"), f"{_MASK}@"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[\w.~+/=-]{4,}"), rf"\1 {_MASK}"),
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}"), _MASK),
-    (re.compile(r"(?i)\b(password|passwd|api_?key|token|secret)(\s*[=:]\s*)(?!\*\*\*)[^\s&;,'\")]+"), rf"\1\2{_MASK}"),
+    (
+        re.compile(
+            r"(?i)(password|passwd|(?<![a-z])(?:api_?key|token|secret(?:_\w+)?))"
+            r"([\"']?\s*[=:]\s*[\"']?)(?!\*\*\*)[^\s&;,'\")]+"
+        ),
+        rf"\1\2{_MASK}",
+    ),
     (re.compile(r"(https://hooks\.[\w.-]+)/\S+"), rf"\1/{_MASK}"),
 )
 

@@ -36,7 +36,12 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _ref(directory: Path) -> BaseModelRef:
+def read_embedded_model(directory: Path) -> BaseModelRef:
+    """An embedded model that was made before.
+
+    Raises:
+        BaseModelError: it is incomplete or was altered.
+    """
     try:
         manifest = read_manifest(directory, kind=_KIND, verify="hashes")
     except ArtifactError as error:
@@ -79,4 +84,4 @@ def make_embedded_model(
                     figures = pretrain(recipe, staging.path, on_progress=on_progress)
                     staging.parameters = asdict(recipe)
                     staging.results = {**figures, "seconds": round(time.monotonic() - started, 1)}
-    return _ref(directory)
+    return read_embedded_model(directory)

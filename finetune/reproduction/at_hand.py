@@ -10,12 +10,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from finetune.adapter_files import adapter_hash
+from finetune.base_model.embedded import read_embedded_model
 from finetune.base_model.models import BaseModelRef
 from finetune.base_model.resolve import resolve_base_model
 from finetune.errors import ArtifactError, FinetuneError
 from finetune.layout import DataLayout
 from finetune.progress import Progress
-from finetune.publishing import FileEntry, sha256_file
+from finetune.publishing import MANIFEST_NAME, FileEntry, sha256_file
 from finetune.reproduction.models import AdapterInput, BaseModelInput, DatasetInput, ExportInput, Inputs
 
 State = Literal["present", "missing", "changed"]
@@ -109,14 +110,25 @@ def first_that_fits(candidates: Iterable[Path], fault: Callable[[Path], str]) ->
     """
     wrong: tuple[State, Path | None, str] = ("missing", None, "")
     for path in candidates:
-        if not path.exists():
+        if not is_there(path):
             continue
-        reason = fault(path)
+        try:
+            reason = fault(path)
+        except OSError as error:
+            reason = f"it cannot be read: {error.strerror}"
         if not reason:
             return "present", path, ""
         if wrong[0] == "missing":
             wrong = ("changed", path, reason)
     return wrong
+
+
+def is_there(path: Path) -> bool:
+    """Whether a path is of something here; one of another machine may lie where this process must not look."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def altered(path: Path, entry: FileEntry) -> str:
@@ -139,7 +151,8 @@ def find(kind: InputKind, name: str, expected: str, places: list[Path], fault: C
 
 def look_for_export(file: ExportInput, places: Places) -> Found:
     """A file of exports, where it lay or among those that are watched here."""
-    candidates = [file.directory / file.name, places.exports / file.name]
+    # A stage's file is named by its whole path.
+    candidates = [file.directory / file.name, places.exports / Path(file.name).name]
     entry = FileEntry(size=file.size, sha256=file.sha256)
     return find("export", file.name, file.sha256, candidates, lambda path: altered(path, entry))
 
@@ -169,6 +182,14 @@ def look_for_adapter(adapter: AdapterInput, places: Places) -> Found:
     return find("adapter", adapter.run_id, adapter.adapter_hash, candidates, fault)
 
 
+def embedded_at_hand(model: BaseModelInput, places: Places) -> Path | None:
+    """Where an embedded model lies, whatever recipe the one has that would be made now; None where it does not."""
+    if not model.embedded:
+        return None
+    candidates = (model.path, places.layout.base_models / model.path.name)
+    return next((path for path in candidates if is_there(path / MANIFEST_NAME)), None)
+
+
 def look_for_base_model(
     model: BaseModelInput, places: Places, *, weights: bool, on_progress: Progress
 ) -> tuple[Found, BaseModelRef | None]:
@@ -180,29 +201,30 @@ def look_for_base_model(
         weights: whether weights are fetched from the hub.
         on_progress: told of what is fetched.
     """
-    cache = places.layout.base_models
     is_local = model.revision is None and not model.embedded
-    if model.embedded and model.path.is_dir():
-        cache = model.path.parent
+    embedded = embedded_at_hand(model, places)
     try:
-        ref = resolve_base_model(
-            None if model.embedded else str(model.path) if is_local else model.name,
-            cache_dir=cache,
-            revision=model.revision,
-            token=places.hub_token,
-            trust_remote_code=places.trust_remote_code,
-            # The fingerprint of a local directory is that of its weights too.
-            weights=weights or is_local,
-            on_progress=on_progress,
-        )
-    except FinetuneError as error:
+        if embedded is not None:
+            ref = read_embedded_model(embedded)
+        else:
+            ref = resolve_base_model(
+                None if model.embedded else str(model.path) if is_local else model.name,
+                cache_dir=places.layout.base_models,
+                revision=model.revision,
+                token=places.hub_token,
+                trust_remote_code=places.trust_remote_code,
+                # The fingerprint of a local directory is that of its weights too.
+                weights=weights or is_local,
+                on_progress=on_progress,
+            )
+    except (FinetuneError, OSError) as error:
         found = Found(
             kind="base model",
             name=model.name,
             expected=model.fingerprint,
             state="missing",
             looked_at=[model.path],
-            reason=error.what,
+            reason=error.what if isinstance(error, FinetuneError) else str(error),
         )
         return found, None
     same = ref.fingerprint == model.fingerprint

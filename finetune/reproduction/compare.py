@@ -46,6 +46,7 @@ def compare(
     published: Iterable[Path],
     tolerance: float,
     must_be_identical: bool,
+    not_evaluated: Sequence[str] = (),
 ) -> Compared:
     """Compare a repetition with what the manifest says, and with the published adapter where that is at hand.
 
@@ -56,6 +57,7 @@ def compare(
         published: where the adapter may lie that was made first.
         tolerance: the most by which a weight or a metric may differ, where bits need not be equal.
         must_be_identical: whether they need.
+        not_evaluated: evaluations whose records are not at hand.
 
     Raises:
         ArtifactError: the repetition is damaged.
@@ -64,6 +66,8 @@ def compare(
     original = next((path for path in published if _is(path, recorded)), None)
     weights = 0.0 if found == recorded else None if original is None else largest_difference(original, reproduced)
     verdict, reason = _verdict(found == recorded, weights, metrics, tolerance, must_be_identical)
+    if not_evaluated:
+        reason += f"; not evaluated again, for its records are not at hand: {', '.join(not_evaluated)}"
     return Compared(
         run_id=entry.run_id,
         verdict=verdict,
@@ -79,13 +83,14 @@ def compare(
 
 
 def largest_difference(one: Path, other: Path) -> float:
-    """The largest absolute difference of two adapters' weights; infinite where they have not the same tensors."""
+    """The largest absolute difference of two adapters' weights; infinite where tensors differ or hold no numbers."""
     from safetensors.torch import load_file
 
     first, second = (load_file(path / WEIGHTS_NAME) for path in (one, other))
     if {name: tensor.shape for name, tensor in first.items()} != {name: each.shape for name, each in second.items()}:
         return math.inf
-    return max(float((first[name].double() - second[name].double()).abs().max()) for name in first)
+    apart = [float((first[name].double() - second[name].double()).abs().max()) for name in first]
+    return math.inf if any(map(math.isnan, apart)) else max(apart)
 
 
 def _verdict(
@@ -97,7 +102,8 @@ def _verdict(
 ) -> tuple[Verdict, str]:
     apart = {name: abs(again - once) for name, (once, again) in metrics.items()}
     if identical:
-        off = [name for name, difference in apart.items() if difference > tolerance]
+        # (So that what is no number is off as well.)
+        off = [name for name, difference in apart.items() if not difference <= tolerance]
         if off:
             return "different", f"the adapter is the same, its evaluation is not: {', '.join(off)}"
         return "bit-identical", "the adapter's hash is the same"
@@ -109,7 +115,7 @@ def _verdict(
         return "different", f"the same bits were to come out, on a CPU with the same libraries: {', '.join(told)}"
     if weights is None and not apart:
         return "different", "the hash is another one, and neither weights nor metrics can be compared"
-    if max([*apart.values(), weights or 0.0]) > tolerance:
+    if not all(difference <= tolerance for difference in (*apart.values(), weights or 0.0)):
         return "different", f"beyond the tolerance of {tolerance:g}: {', '.join(told)}"
     return "within tolerance", f"within {tolerance:g}: {', '.join(told)}"
 
@@ -117,7 +123,7 @@ def _verdict(
 def _is(path: Path, digest: str) -> bool:
     try:
         return adapter_hash(path) == digest
-    except ArtifactError:
+    except (ArtifactError, OSError):
         return False
 
 

@@ -14,6 +14,7 @@ from finetune.reproduction.at_hand import (
     Found,
     InputKind,
     Places,
+    embedded_at_hand,
     find,
     look_for_adapter,
     look_for_base_model,
@@ -103,10 +104,20 @@ class Follower:
         return self._once("records", digest, lambda: find("records", path.name, digest, places, fault))
 
     def _base_model(self, model: BaseModelInput) -> Found:
+        def fault(directory: Path) -> str:
+            if directory.name != model.fingerprint:
+                return f"it is of the commit {directory.name[:12]}"
+            return "" if (directory / "config.json").is_file() else "it is not whole"
+
         def look() -> Found:
             if model.revision is not None:
                 # The hub's cache names directories by the commit; nothing is fetched to follow a figure.
-                return find("base model", model.name, model.fingerprint, [model.path], lambda path: "")
+                cached = self.places.layout.base_models / "hub" / f"models--{model.name.replace('/', '--')}"
+                places = [model.path, cached / "snapshots" / model.fingerprint]
+                return find("base model", model.name, model.fingerprint, places, fault)
+            if model.embedded and embedded_at_hand(model, self.places) is None:
+                # Nor is anything made.
+                return find("base model", model.name, model.fingerprint, [model.path], lambda path: "it is not whole")
             return look_for_base_model(model, self.places, weights=True, on_progress=ignore_progress)[0]
 
         return self._once("base model", model.fingerprint, look)

@@ -30,7 +30,7 @@ _LIBRARIES = (
     "optuna",
     "dagster",
 )
-_SECRET_FLAG = re.compile(r"^--?[\w-]*(key|token|secret|password)[\w-]*", re.IGNORECASE)
+_SECRET_FLAG = re.compile(r"^--?[\w-]*(key|token|secret|passw|credential)[\w-]*", re.IGNORECASE)
 _MASK = "***"
 _SECONDS = 10
 
@@ -143,7 +143,8 @@ def _cpu_model() -> str | None:
 
 def _git(directory: Path) -> tuple[str | None, bool | None]:
     """The commit of the repository that tracks a directory, and whether it was changed since; None for a package."""
-    git = ["git", "-C", str(directory)]
+    # Without the locks that would stand in the way of somebody's commit.
+    git = ["git", "--no-optional-locks", "-C", str(directory)]
     if not _output([*git, "ls-files", "--error-unmatch", "__init__.py"]):
         return None, None
     commit = _output([*git, "rev-parse", "HEAD"]).strip()

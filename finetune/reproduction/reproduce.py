@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict
 from finetune.errors import ConfigurationError, DatasetError
 from finetune.layout import DataLayout
 from finetune.progress import Progress
-from finetune.publishing import sha256_file, write_json_atomically
-from finetune.reproduction.at_hand import AtHand, Places
+from finetune.publishing import is_complete, sha256_file, write_json_atomically
+from finetune.reproduction.at_hand import AtHand, Places, is_there
 from finetune.reproduction.check import Selection
 from finetune.reproduction.circumstances import differences, must_be_identical
 from finetune.reproduction.compare import Compared, all_equal, compare
@@ -91,7 +91,7 @@ def reproduce(
         compared: list[Compared] = []
         for entry in selection.entries:
             request = _request(entry, datasets, at_hand, layout, compared)
-            metrics = _train_and_evaluate(entry, request, layout, datasets, on_progress)
+            metrics, left_out = _train_and_evaluate(entry, request, layout, datasets, on_progress)
             # What began with other weights cannot end with the same.
             exact = must_be_identical(entry, differences(entry, describe_process())) and all(
                 each.verdict == "bit-identical" for each in compared
@@ -107,6 +107,7 @@ def reproduce(
                     published=published,
                     tolerance=tolerance,
                     must_be_identical=exact,
+                    not_evaluated=left_out,
                 )
             )
     return Reproduced(output=layout.root, tolerance=tolerance, datasets=prepared, trainings=compared)
@@ -126,6 +127,8 @@ def _claim(root: Path, manifest: Path) -> None:
         what = "here is the reproduction of another manifest"
     elif root.exists() and (not root.is_dir() or any(root.iterdir())):
         what = "files that are no reproduction lie here"
+    elif any(is_complete(parent) for parent in root.parents):
+        what = "this is within a published directory, which stays as it is"
     else:
         write_json_atomically(known, mark)
         return
@@ -179,8 +182,12 @@ def _train_and_evaluate(
     layout: DataLayout,
     datasets: Mapping[str, Path],
     on_progress: Progress,
-) -> dict[str, tuple[float, float]]:
-    """Train, and evaluate as it was evaluated; the metrics by name, as recorded and as found again."""
+) -> tuple[dict[str, tuple[float, float]], list[str]]:
+    """Train, and evaluate as it was evaluated.
+
+    Returns:
+        The metrics by name, as recorded and as found again; the evaluations whose records are not at hand.
+    """
     from finetune.evaluation.evaluate import evaluate_adapter
     from finetune.training.sft import train_adapter
 
@@ -188,11 +195,13 @@ def _train_and_evaluate(
         # What was halved is halved again: sums over other batches differ in their last bits.
         note_out_of_memory(request.work_dir, size)
     metrics: dict[str, tuple[float, float]] = {}
+    left_out: list[str] = []
     with _threads(entry.provenance.threads if entry.provenance else None):
         train_adapter(request, on_progress=on_progress)
         for number, evaluation in enumerate(entry.evaluations):
             held_out = _held_out(evaluation.dataset, evaluation.dataset_sha256, datasets)
             if held_out is None:
+                left_out.append(evaluation.path.name)
                 continue
             output = layout.model(entry.run_id, f"evaluation-{number}")
             evaluate_adapter(
@@ -211,13 +220,13 @@ def _train_and_evaluate(
             metrics |= {
                 f"{name}{mark}": (once, again[name]) for name, once in evaluation.metrics.items() if name in again
             }
-    return metrics
+    return metrics, left_out
 
 
 def _held_out(path: Path | None, digest: str, datasets: Mapping[str, Path]) -> Path | None:
     """The records of an evaluation: where they lay, else in one of the datasets; None where they are nowhere."""
     candidates = [path, *(directory / "eval.jsonl" for directory in datasets.values())]
-    return next((each for each in candidates if each and each.is_file() and sha256_file(each) == digest), None)
+    return next((each for each in candidates if each and is_there(each) and sha256_file(each) == digest), None)
 
 
 @contextmanager

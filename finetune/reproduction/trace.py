@@ -52,7 +52,12 @@ class Trace(BaseModel):
         """The figures whose way back is not whole."""
         if self.report.state != "present":
             return list(self.figures)
-        return [name for name, each in self.figures.items() if not all(self.chains[run].whole for run in each.runs)]
+        return [
+            name
+            for name, each in self.figures.items()
+            # What says of nothing that it was computed from it cannot be followed.
+            if not each.runs or not all(self.chains[run].whole for run in each.runs)
+        ]
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,10 @@ def reproduce(
     except FinetuneError as error:
         err.print(f"error: {error}", style="red", markup=False)
         raise typer.Exit(EXIT_TRANSIENT if isinstance(error, TransientError) else EXIT_CANNOT) from error
+    except OSError as error:
+        # Nothing was compared, so that nothing can be said to be different.
+        err.print(f"error: {error.strerror} [{error.filename}]", style="red", markup=False)
+        raise typer.Exit(EXIT_CANNOT) from error
     raise typer.Exit(code)
 
 

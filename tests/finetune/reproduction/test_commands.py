@@ -96,6 +96,10 @@ def test_what_cannot_be_run_ends_with_2_and_the_name_of_what_is_wrong(
         assert "cannot be run: export brain_dataset_2026-06-01.jsonl has changed" in done.output
     assert not (tmp_path / "again").exists()
     assert run("reproduce", tmp_path / "nothing.json").exit_code == 2
+    # Nor is a place that cannot be made a result that is different.
+    done = run("reproduce", published.first, "--output", path / "again")
+    assert done.exit_code == 2, done.output
+    assert "Not a directory" in done.output
     done = run("reproduce", published.first, "--training", "20260101-0")
     assert done.exit_code == 2
     assert published.trainings[0].run_id in done.output

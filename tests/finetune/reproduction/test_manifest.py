@@ -142,11 +142,11 @@ def test_an_experiments_manifest_holds_no_secret_and_its_pictures_are_of_all_tra
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     secret = "open-sesame-31"
-    monkeypatch.setattr(sys, "argv", ["prog", "--hf-token", secret, f"--url=https://me:{secret}@host/", secret])
+    monkeypatch.setattr(sys, "argv", ["prog", "--passwd", "pw", f"--url=https://me:{secret}@host/", secret])
     directory = experiment_of(published, tmp_path / "e", secret)
     assert secret not in (directory / EXPERIMENT_MANIFEST).read_text()
     manifest = read_experiment_manifest(directory)
-    assert manifest.command == ["prog", "--hf-token", "***", "--url=https://***@host/", "***"]
+    assert manifest.command == ["prog", "--passwd", "***", "--url=https://***@host/", "***"]
     assert manifest.seeds["ablation-1"] == 3
     assert manifest.metrics == {"mean": 2.5}
     assert not isinstance(manifest, VersionManifest)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ from finetune.errors import ArtifactError, ConfigurationError
 from finetune.layout import DataLayout
 from finetune.progress import ProgressEvent, ignore_progress
 from finetune.publishing import read_manifest
-from finetune.reproduction.at_hand import Places, look_for_inputs
+from finetune.reproduction.at_hand import Places, first_that_fits, look_for_inputs
 from finetune.reproduction.check import Checked, Selection, check, select
 from finetune.reproduction.compare import compare
 from finetune.reproduction.manifest import read_experiment_manifest
@@ -186,6 +188,34 @@ def test_a_dataset_that_is_gone_is_prepared_again_and_one_without_its_exports_is
     assert str(tmp_path / "gone") in refusals[0]
 
 
+def test_what_lay_where_nobody_may_look_here_is_looked_for_where_it_would_lie(tmp_path: Path) -> None:
+    def unreadable(path: Path) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    # Longer than any name that a file system has: it cannot even be asked for.
+    nowhere = tmp_path / ("n" * 300)
+    assert first_that_fits([nowhere, tmp_path], lambda path: "") == ("present", tmp_path, "")
+    assert first_that_fits([nowhere], lambda path: "") == ("missing", None, "")
+    state, _, reason = first_that_fits([tmp_path], unreadable)
+    assert (state, reason) == ("changed", "it cannot be read: Permission denied")
+
+
+def test_an_embedded_model_of_another_recipe_is_taken_as_it_lies(
+    published: Published, tmp_path: Path, tiny_model: BaseModelRef
+) -> None:
+    older = shutil.copytree(tiny_model.path, tmp_path / "embedded-0123456789ab")
+
+    def moved(content: dict[str, Any]) -> None:
+        content["inputs"]["base_models"][0]["path"] = str(older)
+
+    (found,) = [
+        each
+        for each in checked(copied(published, tmp_path, moved), published.places).inputs
+        if each.kind == "base model"
+    ]
+    assert (found.state, found.path) == ("present", older)
+
+
 def test_another_base_model_in_the_same_place_is_refused(
     published: Published, tmp_path: Path, tiny_model: BaseModelRef
 ) -> None:
@@ -250,11 +280,24 @@ def test_near_weights_are_within_the_tolerance_only_where_bits_need_not_be_equal
     assert judged(0.0001, must=False) == "different"
     assert judged(0.01, must=True) == "different"
     assert judged(0.01, must=False, metrics={"eval_loss": (2.0, 2.5)}) == "different"
+    assert judged(0.01, must=False, metrics={"eval_loss": (2.0, math.nan)}) == "different"
+    save_file({name: tensor * math.nan for name, tensor in weights.items()}, near / WEIGHTS_NAME)
+    assert judged(1e9, must=False) == "different"
     save_file({name: tensor[:1] for name, tensor in weights.items()}, near / WEIGHTS_NAME)
     assert judged(1e9, must=False) == "different"
     # Without the published adapter and without metrics nothing tells that another hash is near.
     alone = compare(entry, near, {}, published=[], tolerance=1e9, must_be_identical=False)
     assert (alone.verdict, alone.largest_weight_difference) == ("different", None)
+    told = compare(
+        entry,
+        published.first,
+        {},
+        published=[],
+        tolerance=0.01,
+        must_be_identical=True,
+        not_evaluated=["evaluation"],
+    )
+    assert "not evaluated again, for its records are not at hand: evaluation" in told.reason
 
 
 def test_a_reproduction_takes_no_place_that_holds_something_else(published: Published, tmp_path: Path) -> None:
@@ -265,6 +308,8 @@ def test_a_reproduction_takes_no_place_that_holds_something_else(published: Publ
     (output / "reproduction.json").write_text('{"manifest_sha256": "of another"}')
     with pytest.raises(ConfigurationError, match="reproduction of another manifest"):
         run(published.first, published.places, output)
+    with pytest.raises(ConfigurationError, match="within a published directory"):
+        run(published.first, published.places, published.first / "again")
 
 
 def test_a_manifest_that_cannot_be_run_says_why(published: Published, tmp_path: Path) -> None:

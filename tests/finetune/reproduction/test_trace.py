@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import ArtifactError, ConfigurationError
+from finetune.layout import DataLayout
 from finetune.publishing import publish_directory
-from finetune.reproduction.at_hand import Places
+from finetune.reproduction.at_hand import Found, Places
+from finetune.reproduction.models import Figure
 from finetune.reproduction.trace import Trace, trace
 from tests.finetune.reproduction.conftest import Published
 
@@ -105,6 +107,45 @@ def test_an_altered_adapter_training_or_report_is_told(published: Published, tmp
     assert traced.report.state == "changed"
     assert "training" in told(traced)
     assert set(traced.broken) == set(traced.figures)
+
+
+def test_an_embedded_model_that_is_gone_is_told_and_none_is_made(published: Published, tmp_path: Path) -> None:
+    root = tmp_path / "elsewhere"
+    version = shutil.copytree(published.first, tmp_path / "v1")
+    content = json.loads((version / "experiment_manifest.json").read_bytes())
+    content["trainings"][0]["request"]["base_model"]["path"] = str(tmp_path / "embedded-0123456789ab")
+    (version / "experiment_manifest.json").write_text(json.dumps(content))
+    traced = trace(version, Places(layout=DataLayout(root), exports=published.layout.exports))
+    assert told(traced)["base model"] == "missing: "
+    assert not root.exists()
+
+
+def test_a_model_of_the_hub_is_known_by_its_commit_wherever_its_cache_lies(
+    published: Published, tmp_path: Path
+) -> None:
+    version = shutil.copytree(published.first, tmp_path / "v1")
+    content = json.loads((version / "experiment_manifest.json").read_bytes())
+    content["trainings"][0]["request"]["base_model"] |= {
+        "name": "org/model",
+        "path": str(tmp_path / "snapshots" / "c0ffee"),
+        "revision": "c0ffee",
+        "fingerprint": "c0ffee",
+        "embedded": False,
+    }
+    (version / "experiment_manifest.json").write_text(json.dumps(content))
+    places = Places(layout=DataLayout(tmp_path / "elsewhere"), exports=published.layout.exports)
+    assert told(trace(version, places))["base model"] == "missing: "
+    cached = places.layout.base_models / "hub" / "models--org--model" / "snapshots" / "c0ffee"
+    cached.mkdir(parents=True)
+    assert told(trace(version, places))["base model"] == "changed: it is not whole"
+    (cached / "config.json").write_text("{}")
+    assert "base model" not in told(trace(version, places))
+
+
+def test_a_figure_of_which_nobody_says_what_it_was_computed_from_is_not_followed() -> None:
+    report = Found(kind="report", name="experiment", expected="0", state="present")
+    traced = Trace(report=report, figures={"mean": Figure(value=1.0, runs=[])}, chains={})
+    assert traced.broken == ["mean"]
 
 
 def test_a_directory_that_says_nothing_of_its_figures_is_no_report(published: Published, tmp_path: Path) -> None:
