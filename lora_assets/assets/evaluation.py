@@ -210,9 +210,11 @@ def registered_adapter(
         "stored_path": path(version.stored_path),
         "metrics": dg.MetadataValue.json(dict(version.metrics)),
     }
+    # An adapter that was registered before keeps its lineage; what the date is made of now tells whether it is stale.
+    now = {"dataset_fingerprint": merged_dataset.fingerprint, "recipe": SETTINGS.recipe}
     yield dg.MaterializeResult(
         asset_key=key("registered_adapter"),
-        value=version,
+        value=version.model_copy(update={"lineage": version.lineage | now}),
         metadata=metadata,
         data_version=dg.DataVersion(version.adapter_hash),
     )

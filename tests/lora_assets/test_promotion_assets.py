@@ -18,6 +18,7 @@ from finetune.export.models import GgufExport, GgufFile, GgufVerification
 from finetune.planning.models import MemoryEstimate, TrainingPlan, TrialConfig
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.promotion import champion, promote
+from finetune.registry.store import get_version
 from finetune.training.models import TrainingResult
 from lora_assets.assets import evaluation, export
 from lora_assets.assets.common import key
@@ -176,6 +177,21 @@ def test_an_adapter_that_learned_nothing_makes_no_first_champion(
     assert isinstance(version, RegisteredVersion)
     assert "by at least 0.001 nats per token" in version.reason
     assert reigns(store) is None
+
+
+def test_a_date_that_other_settings_give_the_same_adapter_is_made_of_these(
+    store: ArtifactStore, tiny_model: BaseModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise it would be stale for ever: the version keeps what it was first made of."""
+    register(store, tiny_model, 1, BETTER)
+    later = evaluation.SETTINGS.model_copy(update={"init_from": "champion"})
+    assert later.recipe != evaluation.SETTINGS.recipe
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "SETTINGS", later)
+        made = register(store, tiny_model, 1, BETTER)["registered_adapter"]
+    assert isinstance(made, RegisteredVersion)
+    assert (made.version, made.lineage["recipe"]) == ("v1", later.recipe)
+    assert get_version(store.layout.registry, "v1").lineage["recipe"] == evaluation.SETTINGS.recipe
 
 
 @pytest.fixture
