@@ -25,7 +25,7 @@ from lora_assets.checks import ALL_CHECKS, GGUF_CHECK
 from lora_assets.jobs import champion_drift, train_and_export
 from lora_assets.logs import console
 from lora_assets.partitions import dataset_dates
-from lora_assets.run_end import fail_dead_runs, reconcile, report_end
+from lora_assets.run_end import fail_dead_runs, not_taken_up, reconcile, report_end
 from lora_assets.schedules import build_schedules
 from lora_assets.settings import Settings, load_settings, on_kubernetes
 from resources.artifact_store import ArtifactStore, ValueStore
@@ -87,7 +87,10 @@ def cancel_rows(settings: Settings, dagster_run_id: str, reason: str) -> list[Tr
         ConfigurationError: the training server cannot be used as configured.
     """
     closed = close_rows(settings, dagster_run_id, reason)
-    cancel_experiments(settings, closed)
+    if closed:
+        with open_run_log(settings) as run_log:
+            alone = not_taken_up(run_log, closed)
+        cancel_experiments(settings, alone)
     return closed
 
 

@@ -29,6 +29,8 @@ _CHECK = "Nothing was made from it. See the check's figures in the UI, then: {co
 _WARNING = "Nothing was stopped. See the check's figures in the UI."
 _KILLED = "Nothing was lost: the next run goes on from the last checkpoint. If none starts by itself: {command}"
 _PID = "Started process for run (pid: "
+# More than ever run at a time.
+_MANY = 10_000
 
 
 def build_alerts(settings: Settings) -> Alerts:
@@ -125,13 +127,23 @@ def reconcile(
         The rows that were closed.
     """
     closed = run_log.close_orphans(lambda run_id: _why_over(instance, run_id)) + run_log.close_abandoned()
+    cancelled = []
     for row in closed:
         run = instance.get_run_by_id(row.dagster_run_id) if row.dagster_run_id else None
         if run is None or run.tags.get(_WILL_RETRY) != "true":
             _tell_of_row(settings, row)
         if run is not None and run.status == dg.DagsterRunStatus.CANCELED:
-            cancel([row])
+            cancelled.append(row)
+    # Behind the alerts, for a server that stays away ends this.
+    if cancelled := not_taken_up(run_log, cancelled):
+        cancel(cancelled)
     return closed
+
+
+def not_taken_up(run_log: RunLog, rows: Sequence[TrainingRun]) -> list[TrainingRun]:
+    """Closed rows whose training no other run works on by now: that one waits for the same experiment."""
+    running = {row.training_run_id for row in run_log.recent(_MANY, status="RUNNING")}
+    return [row for row in rows if row.training_run_id not in running]
 
 
 def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:

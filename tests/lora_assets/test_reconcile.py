@@ -5,17 +5,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import dagster as dg
 import psycopg2
 import pytest
 
+from finetune.errors import RemoteError
 from lora_assets.definitions import close_what_was_killed
+from lora_assets.run_end import reconcile
 from lora_assets.settings import load_settings
 from resources.postgres import EmbeddedPostgres
-from resources.run_log import RunLog
+from resources.run_log import RunLog, TrainingRun
 from sensors.run_failure import build_reconciliation_sensor
 from tests.e2e.conftest import data_root
 from tests.resources.webhook_server import WebhookServer
@@ -120,6 +122,46 @@ def test_after_the_daemon_the_code_server_and_the_run_were_killed_the_run_and_it
         if dev.poll() is None:
             os.killpg(dev.pid, signal.SIGKILL)
             dev.wait()
+        log.close()
+        server.close()
+        webhook.close()
+
+
+def test_of_cancelled_runs_people_are_told_first_and_what_another_run_waits_for_is_not_cancelled(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, webhook = EmbeddedPostgres(root / "postgres"), WebhookServer()
+    monkeypatch.setenv("DATA_ROOT", str(root))
+    monkeypatch.setenv("ALERT_WEBHOOK_URL", webhook.url)
+    log = RunLog(database_url=server.url, data_dir=str(root))
+    asked: list[str | None] = []
+
+    def cancel(rows: Sequence[TrainingRun]) -> None:
+        asked.extend(row.training_run_id for row in rows)
+        raise RemoteError("the server stays away")
+
+    @dg.job
+    def train() -> None: ...
+
+    try:
+        with dg.DagsterInstance.ephemeral() as instance:
+            runs = [instance.create_run_for_job(train) for _ in range(3)]
+            for day, (run, training) in enumerate(zip(runs, ("r1", "r2", "r1"), strict=True), start=1):
+                log.start(
+                    run_id=training,
+                    dagster_run_id=run.run_id,
+                    dataset_paths=["a"],
+                    base_model="tiny",
+                    backend="h2o",
+                    date=f"2026-06-0{day}",
+                )
+            for run in runs[:2]:
+                instance.report_run_canceled(run)
+            with pytest.raises(RemoteError, match="stays away"):
+                reconcile(load_settings(), instance, log, cancel)
+        assert asked == ["r2"], "the third run waits for the experiment of r1"
+        assert len(webhook.texts) == 2
+    finally:
         log.close()
         server.close()
         webhook.close()
