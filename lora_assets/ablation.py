@@ -120,7 +120,7 @@ def _run(
     request, seed = request_for(laboratory, plan), plan.trial_config.seed
     on_progress(ProgressEvent(f"{shown(arm.changed)}, seed {seed}", 0, None, ""))
     try:
-        result = train(laboratory, plan, on_progress=on_progress).result
+        trained = train(laboratory, plan, on_progress=on_progress)
         report = evaluate(
             laboratory, request.adapter_dir, run_id=request.run_id, max_length=max_length, on_progress=on_progress
         )
@@ -135,5 +135,5 @@ def _run(
         adapter_hash=report.adapter_hash,
         evaluation=report.path,
         evaluation_sha256=sha256_file(report.path / "report.json"),
-        gpu_hours=result.gpu_hours,
+        gpu_hours=trained.hours,
     )

@@ -233,8 +233,7 @@ def _trained(laboratory: Laboratory, name: ArmName, plan: TrainingPlan, longest:
         records=dataset.counts.train,
         tokens=result.tokens_seen,
         steps=result.training_steps,
-        # Of one device, as experiments count: a CPU is one.
-        gpu_hours=result.gpu_hours or result.seconds * result.processes / 3600,
+        gpu_hours=trained.hours,
     )
     return _evaluated(laboratory, arm, trained.request.adapter_dir, longest, on_progress)
 

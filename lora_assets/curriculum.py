@@ -300,7 +300,7 @@ def _outcome(made: _Made, before: Sequence[float], seed: int) -> LessonOutcome:
         learning_rate=trial.learning_rate,
         steps=result.training_steps,
         tokens=result.tokens_seen or 0,
-        gpu_hours=result.gpu_hours,
+        gpu_hours=made.trained.hours,
         final_loss=result.final_loss,
         eval_loss=made.report.eval_loss,
         change=changed,

@@ -17,8 +17,8 @@ from finetune.evaluation.models import EvalReport
 from finetune.planning.cost import refuse_all_above
 from finetune.planning.models import TrainingPlan
 from finetune.progress import Progress, ProgressEvent
-from finetune.publishing import is_complete, sha256_file
-from finetune.search.candidates import Bench, plan_of
+from finetune.publishing import is_complete, sha256_file, withdraw
+from finetune.search.candidates import Bench, plan_of, priced
 from finetune.search.ensemble.judging import Halves, figures, halves, judge, mean_loss
 from finetune.search.ensemble.mixing import mix
 from finetune.search.ensemble.report import publish_combination, publish_report, read_report
@@ -60,16 +60,17 @@ def run_ensemble(laboratory: Laboratory, spec: EnsembleSpec, on_progress: Progre
         DatasetError: there are too few held-out records, or a fold without any.
         FinetuneError: as trainings and evaluations raise.
     """
-    bench, layout = laboratory.bench, laboratory.settings.layout
+    layout = laboratory.settings.layout
+    known = laboratory.run_log.measurements(laboratory.bench.base_model.name, laboratory.bench.device)
+    bench = laboratory.bench.measured(known)
     name = _name(spec, bench)
     # Whoever else works on it has published it by then.
     with laboratory.run_log.lease(name, on_progress=on_progress):
-        if known := read_report(layout.experiment(name)):
-            return known
-        # Not from what was measured meanwhile: a member's configuration stays what it was before a kill.
+        if published := read_report(layout.experiment(name)):
+            return published
         plans = _plans(spec, bench)
         datasets = [_dataset(laboratory, each, len(plans)) for each, _ in plans]
-        _refuse_too_long(laboratory, spec, datasets)
+        _refuse_too_long(laboratory, [plan for _, plan in plans], datasets)
         # Records are cut at one length, so that losses can be compared.
         longest = max(plan.trial_config.max_length for _, plan in plans)
         members: list[Member] = []
@@ -84,6 +85,9 @@ def run_ensemble(laboratory: Laboratory, spec: EnsembleSpec, on_progress: Progre
             if result.verdict and result.verdict.published:
                 result = result.model_copy(update={"status": "published", "adapter_path": layout.adapter(name)})
                 publish_combination(Path(combined), layout.adapter(name), result, bench.base_model)
+            elif is_complete(layout.adapter(name)):
+                # Of an attempt with fewer members, or of one that was killed.
+                withdraw(layout.adapter(name))
         shutil.rmtree(work, ignore_errors=True)
         manifest = manifest_of(
             laboratory.settings,
@@ -120,10 +124,12 @@ def _opened(spec: EnsembleSpec, bench: Bench, members: list[Member]) -> Ensemble
 
 
 def _plans(spec: EnsembleSpec, bench: Bench) -> list[tuple[MemberSpec, TrainingPlan]]:
+    """Every member's plan; what was measured decides its cost alone: a killed ensemble goes on with the same."""
     members = spec.members
     if spec.diversity == "folds":
         bench = replace(bench, profile=_without_share(bench.profile, 1 / len(members)))
-    return [(member, plan_of(spec, bench, member.params, method=spec.method)) for member in members]
+    new = bench.measured(())
+    return [(member, priced(spec, plan_of(spec, new, member.params, method=spec.method), bench)) for member in members]
 
 
 def _without_share(profile: DatasetProfile, share: float) -> DatasetProfile:
@@ -145,13 +151,13 @@ def _dataset(laboratory: Laboratory, member: MemberSpec, count: int) -> Prepared
     return dataset if member.fold is None else without_fold(dataset, member.fold, count, laboratory.settings.layout)
 
 
-def _refuse_too_long(laboratory: Laboratory, spec: EnsembleSpec, datasets: Sequence[PreparedDataset]) -> None:
+def _refuse_too_long(
+    laboratory: Laboratory, plans: Sequence[TrainingPlan], datasets: Sequence[PreparedDataset]
+) -> None:
     """See that the trainings that are left to do take no longer together than they may."""
-    bench = laboratory.bench
-    known = laboratory.run_log.measurements(bench.base_model.name, bench.device)
     todo = [
         plan
-        for (_, plan), dataset in zip(_plans(spec, bench.measured(known)), datasets, strict=True)
+        for plan, dataset in zip(plans, datasets, strict=True)
         if not is_complete(request_for(laboratory, plan, dataset=dataset).adapter_dir)
     ]
     refuse_all_above(todo, laboratory.settings.max_gpu_hours)
@@ -171,7 +177,7 @@ def _trained(
             "run_id": trained.request.run_id,
             "adapter_path": trained.request.adapter_dir,
             "training_steps": trained.result.training_steps,
-            "gpu_hours": trained.result.seconds * trained.result.processes / 3600,
+            "gpu_hours": trained.hours,
         }
     )
 

@@ -62,6 +62,11 @@ class Trained:
     request: TrainingRequest
     result: TrainingResult
 
+    @property
+    def hours(self) -> float:
+        """What it took in hours of one device, which may be a CPU."""
+        return self.result.gpu_hours or self.result.seconds * self.result.processes / 3600
+
 
 def make_bench(settings: Settings, spec: TrainingSpec, on_progress: Progress, *, weights: bool = False) -> Bench:
     """Prepare and profile the dataset that the experiment names, and find its base model.

@@ -9,6 +9,7 @@ from typing import Any
 from finetune.base_model.models import BaseModelRef
 from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.errors import ConfigurationError
+from finetune.planning.cost import estimate_cost
 from finetune.planning.history import Measurement
 from finetune.planning.models import Method, Range, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
@@ -106,6 +107,18 @@ def plan_of(
         stated_tokens_per_second=spec.tokens_per_second or bench.tokens_per_second,
         price_per_gpu_hour=bench.price_per_gpu_hour,
     )
+
+
+def priced(spec: TrainingSpec, plan: TrainingPlan, bench: Bench) -> TrainingPlan:
+    """The same plan, with its cost by what was measured since: measurements may change plans, too."""
+    cost = estimate_cost(
+        plan.estimated_tokens,
+        plan.trial_config.method,
+        history=bench.measurements,
+        stated_tokens_per_second=spec.tokens_per_second or bench.tokens_per_second,
+        price_per_gpu_hour=bench.price_per_gpu_hour,
+    )
+    return plan.model_copy(update={"cost": cost})
 
 
 def next_candidate(

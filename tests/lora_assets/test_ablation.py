@@ -93,18 +93,12 @@ def settings(directory: Path) -> Settings:
 @pytest.fixture(scope="module")
 def killed(directory: Path, tiny_model: BaseModelRef) -> dict[Path, int]:
     """The adapters that were there when the command was killed in its second training."""
-    process = subprocess.Popen(
-        **command(directory, tiny_model, "experiment", "ablation", "all.yaml"), stderr=subprocess.PIPE
-    )
-    assert process.stderr is not None
-    told = ""
-    while "seed 43" not in told or "training: 1/3" not in told.split("seed 43")[1]:
-        line = process.stderr.readline()
-        assert line, told
-        told += line
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert "6 of 6 trainings to do, of about" in told
+    asked = command(directory, tiny_model)
+    killed_command = str(Path(__file__).with_name("killed_command.py"))
+    asked["args"] = [sys.executable, killed_command, "the base configuration, seed 43", "ablation", "all.yaml"]
+    done = subprocess.run(**asked, stderr=subprocess.PIPE, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert "6 of 6 trainings to do, of about" in done.stderr
     return adapters(directory)
 
 
@@ -162,6 +156,10 @@ def test_an_ablation_that_was_killed_repeats_no_training_and_tells_what_failed(
     assert diverged["verdict"] == "failed"
     assert "with learning_rate 1e+30 2 of 2 trainings failed" in gone_on["conclusion"]
     assert gone_on["failed_trainings"] == 2
+    # A CPU's hours are hours.
+    hours = [run["gpu_hours"] for arm in (base, rank) for run in arm["runs"]]
+    assert min(hours) > 0
+    assert gone_on["gpu_hours_used"] == pytest.approx(sum(hours))
 
     # Trainings like any other, each with one row, in which the killed one's goes on.
     run_log = RunLog(data_dir=str(settings.data_root))

@@ -26,16 +26,19 @@ from finetune.dataset.prepare import prepare_dataset
 from finetune.dataset.profile import profile_dataset
 from finetune.errors import ConfigurationError, TrainingError
 from finetune.evaluation.losses import read_losses
+from finetune.planning.history import Measurement
 from finetune.progress import ignore_progress
 from finetune.publishing import publish_directory, read_manifest, sha256_file
+from finetune.reproduction.models import ExperimentManifest
 from finetune.search.candidates import plan_of
 from finetune.search.ensemble.judging import halves
+from finetune.search.ensemble.report import publish_report
 from finetune.search.ensemble.result import EnsembleResult
 from finetune.search.ensemble.spec import EnsembleSpec
 from lora_assets.assets import ensemble as asset
 from lora_assets.assets.common import COMMON, made_from
 from lora_assets.checks import combination_beats_best_member
-from lora_assets.ensembles import run_ensemble
+from lora_assets.ensembles import propose, run_ensemble
 from lora_assets.laboratory import Laboratory, make_bench, train
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import Settings
@@ -229,6 +232,23 @@ def test_run_again_an_ensemble_is_taken_as_it_is_and_a_lost_report_repeats_no_tr
     assert not place.laboratory.settings.layout.work(first.name).exists()
 
 
+def test_a_member_whose_training_failed_is_tried_again_and_what_was_published_without_it_withdrawn(
+    place: Place,
+) -> None:
+    spoilt = place.run(weighting="uniform")
+    assert spoilt.path is not None
+    adapter = place.laboratory.settings.layout.adapter(spoilt.name)
+    shutil.copytree(place.adapters[0], adapter)
+    failed = spoilt.members[2].model_copy(update={"fault": "out of memory", "adapter_path": None, "evaluated": None})
+    manifest = ExperimentManifest.model_validate_json((spoilt.path / "experiment_manifest.json").read_bytes())
+    publish_report(spoilt.path, spoilt.model_copy(update={"members": [*spoilt.members[:2], failed]}), manifest)
+    again = place.run(weighting="uniform")
+    assert not again.reused
+    assert again.members == spoilt.members
+    assert again.status == "not_published"
+    assert not adapter.exists()
+
+
 def test_a_member_whose_losses_are_no_numbers_is_left_out_of_every_weighting(place: Place) -> None:
     import torch
 
@@ -265,6 +285,17 @@ def test_members_that_would_take_too_long_together_are_refused_before_any_is_tra
     spec = EnsembleSpec(n_members=5, fixed=FIXED, tokens_per_second=1000)
     with pytest.raises(ConfigurationError, match="2 trainings need about"):
         run_ensemble(hurried, spec, ignore_progress)
+
+
+def test_measurements_change_the_price_and_no_configuration(place: Place) -> None:
+    spec, bench = EnsembleSpec(n_members=2, fixed={**FIXED, "gradient_checkpointing": False}), place.laboratory.bench
+    needed = plan_of(spec, bench, spec.members[0].params, method="lora").memory_estimate.vram_gb
+    tight = replace(bench, vram_limit_gb=1.1 * needed)
+    assert propose(spec, tight).gpu_hours is None
+    took = Measurement(method="lora", device="cpu", estimated_memory_gb=1.0, peak_memory_gb=3.0, tokens_per_second=60.0)
+    with pytest.raises(ConfigurationError, match="needs about"):
+        plan_of(spec, tight.measured([took]), spec.members[0].params, method="lora")
+    assert propose(spec, tight.measured([took])).gpu_hours
 
 
 def materialize(settings: Settings, base: str, config: dict[str, Any]) -> dg.ExecuteInProcessResult:
@@ -399,15 +430,10 @@ def test_an_ensemble_that_was_killed_in_a_training_goes_on_and_repeats_none(
     assert all(member["price"] == pytest.approx(2 * member["gpu_hours"]) for member in proposed["members"])
     assert not (directory / "data" / "adapters").exists()
 
-    killed = command(directory, tiny_model, *ENSEMBLE)
-    assert killed.stderr is not None
-    told = ""
-    while "members: 1/2" not in told or "training: 1/8" not in told.split("members: 1/2")[1]:
-        line = killed.stderr.readline()
-        assert line, told
-        told += line
-    killed.kill()
-    assert killed.wait() == -signal.SIGKILL
+    arguments = [str(Path(__file__).with_name("killed_command.py")), "members: 1/2", "ensemble", "spec.yaml"]
+    killed = command(directory, tiny_model, sys.executable, *arguments)
+    _, errors = killed.communicate()
+    assert killed.returncode == -signal.SIGKILL, errors
     (first,) = (directory / "data" / "adapters" / "brain").glob("[!.]*")
     made = (first / "manifest.json").read_bytes()
 

@@ -33,7 +33,8 @@ Verdict = Literal["base", "better", "worse", "same", "open", "failed"]
 class ArmRun(BaseModel):
     """One training of a configuration and its evaluation, or the reason why there is none.
 
-    `loss` is in nats per token; ``evaluation`` is the report's directory, with the SHA-256 of its ``report.json``.
+    `loss` is in nats per token, `gpu_hours` are of one device, CPU or GPU; ``evaluation`` is the report's directory,
+    with the SHA-256 of its ``report.json``.
     """
 
     model_config = ConfigDict(frozen=True)

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from finetune.errors import ConfigurationError
-from finetune.planning.cost import estimate_cost, gpu_hours
+from finetune.planning.cost import gpu_hours
 from finetune.planning.model_config import read_model_shape
 from finetune.planning.models import TrainableMethod, TrainingPlan, TrialConfig
 from finetune.planning.overrides import PlanOverrides
 from finetune.planning.plan import trial_id_of
 from finetune.publishing import sha256_json
 from finetune.search.adoption import as_overrides
-from finetune.search.candidates import Bench, plan_of
+from finetune.search.candidates import Bench, plan_of, priced
 from finetune.search.models import StepResult, Value
 from finetune.search.space import counts_for
 from finetune.search.spec import TrainingSpec
@@ -119,7 +119,7 @@ def arms_of(spec: AblationSpec, bench: Bench) -> list[Arm]:
         )
     seeds = range(spec.seed, spec.seed + spec.seeds)
     return [
-        Arm(changed, [_seeded(_priced(spec, plan, bench), seed) for seed in seeds]) for changed, plan in plans.values()
+        Arm(changed, [_seeded(priced(spec, plan, bench), seed) for seed in seeds]) for changed, plan in plans.values()
     ]
 
 
@@ -197,17 +197,6 @@ def _variations(spec: AblationSpec) -> Iterator[dict[str, Setting]]:
         for name, values in spec.parameters.items():
             for value in values:
                 yield {name: value}
-
-
-def _priced(spec: AblationSpec, plan: TrainingPlan, bench: Bench) -> TrainingPlan:
-    cost = estimate_cost(
-        plan.estimated_tokens,
-        plan.trial_config.method,
-        history=bench.measurements,
-        stated_tokens_per_second=spec.tokens_per_second or bench.tokens_per_second,
-        price_per_gpu_hour=bench.price_per_gpu_hour,
-    )
-    return plan.model_copy(update={"cost": cost})
 
 
 def _seeded(plan: TrainingPlan, seed: int) -> TrainingPlan:

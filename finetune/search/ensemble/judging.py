@@ -14,6 +14,7 @@ from finetune.errors import DatasetError
 from finetune.evaluation.figures import RESAMPLES
 from finetune.evaluation.losses import RecordLosses
 from finetune.evaluation.statistics import bootstrap_ci95
+from finetune.registry.champion import LEAST_RECORDS
 from finetune.search.ensemble.result import Figures, Verdict
 
 _FEWEST_RECORDS = 4
@@ -71,7 +72,8 @@ def figures(nats: Sequence[float], tokens: Sequence[int], split: Halves, *, seed
 def judge(combined: RecordLosses, best: RecordLosses, split: Halves, *, best_name: str, seed: int) -> Verdict:
     """Compare a combination with the best member, record by record of the judging half.
 
-    It is published if its mean loss is lower; where the interval of the difference holds zero, that is told.
+    It is published if its mean loss is lower; where that may be chance, because the interval of the difference holds
+    zero or there are too few records for one, that is told.
 
     Args:
         combined: the combination's losses.
@@ -84,7 +86,7 @@ def judge(combined: RecordLosses, best: RecordLosses, split: Halves, *, best_nam
     difference = (np.asarray(combined.nats) - np.asarray(best.nats))[split.judging]
     delta = float(difference.sum() / tokens.sum())
     low, high = bootstrap_ci95(difference, tokens, resamples=RESAMPLES, seed=seed)
-    within_noise = low <= 0 <= high
+    within_noise = low <= 0 <= high or len(tokens) < LEAST_RECORDS
     if delta < 0:
         what = "better, within the noise" if within_noise else "better"
     else:

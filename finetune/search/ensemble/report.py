@@ -48,7 +48,7 @@ def publish_report(directory: Path, result: EnsembleResult, manifest: Experiment
 
 
 def read_report(directory: Path) -> EnsembleResult | None:
-    """The result that is there already, if it is whole and its adapter is; else None."""
+    """The result that is there already, if it is whole and its adapter is, and no training failed; else None."""
     if not is_complete(directory):
         return None
     try:
@@ -57,6 +57,8 @@ def read_report(directory: Path) -> EnsembleResult | None:
         if result.adapter_path is not None:
             read_manifest(result.adapter_path, kind=ADAPTER_KIND, verify="hashes")
     except (ArtifactError, ValidationError):
+        return None
+    if any(member.fault and member.adapter_path is None for member in result.members):
         return None
     return result.model_copy(update={"path": directory, "reused": True})
 

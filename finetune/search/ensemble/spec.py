@@ -36,6 +36,8 @@ _WHOLE: frozenset[Combination] = frozenset({"cat", "linear", "svd"})
 _MEMBERS = 4
 _TEMPERATURE = 0.05
 _DENSITY = 0.5
+# What has a smaller share is lost in the rounding of 32 bits, and what is left is no combination.
+_SMALLEST_WEIGHT = 2.0**-24
 # A loss of zero would get all of the weight, and has none to give it.
 _SMALLEST_LOSS = 1e-12
 
@@ -136,7 +138,7 @@ class MemberSpec:
 
 
 def loss_weights(losses: Sequence[float], weighting: Weighting, *, temperature: float) -> list[float]:
-    """Weights that sum to 1; a member whose loss is no number gets none of it.
+    """Weights that sum to 1; a member whose loss is no number, or whose share would be lost in rounding, gets none.
 
     ``inverse_loss`` is ``1 / loss``, ``softmax_loss`` is ``exp(-loss / temperature)``, both divided by their sum.
 
@@ -162,6 +164,7 @@ def loss_weights(losses: Sequence[float], weighting: Weighting, *, temperature: 
         case _:
             raise ValueError(f"{weighting} has no formula")
     raw = [weight if math.isfinite(loss) else 0.0 for weight, loss in zip(raw, losses, strict=True)]
+    raw = [weight if weight >= _SMALLEST_WEIGHT * sum(raw) else 0.0 for weight in raw]
     return [weight / sum(raw) for weight in raw]
 
 
