@@ -14,10 +14,14 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from xxhash import xxh3_64_intdigest
 
 from finetune.dataset.chosen import choose_records
 from finetune.dataset.models import PreparedDataset
+from finetune.dataset.normalization import content_key
+from finetune.dataset.rules import checked_turns
+from finetune.errors import ArtifactError
 from finetune.layout import DataLayout
 
 
@@ -62,16 +66,33 @@ def new_and_replayed(
 
 
 def known_lines(records: Path, known: Path) -> npt.NDArray[np.bool_]:
-    """Which lines of a file of records stand in another one too; shape (lines,)."""
+    """Which lines of a file hold records whose content stands in another one too; shape (lines,).
+
+    Raises:
+        ArtifactError: a line is no record.
+    """
     return np.isin(_digests(records)[0], _digests(known)[0])
 
 
 def _digests(path: Path, *, salt: str = "") -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.int64]]:
-    """A hash of each line, shape (lines,), and where each begins and the last one ends, shape (lines + 1,)."""
+    """A hash of each record's content, shape (lines,), and where lines begin and the last ends, shape (lines + 1,).
+
+    Raises:
+        ArtifactError: a line is no record.
+    """
     seed = xxh3_64_intdigest(salt.encode())
     digests, ends = array("Q"), array("q", [0])
     with path.open("rb") as lines:
-        for line in lines:
-            digests.append(xxh3_64_intdigest(line.rstrip(b"\n"), seed=seed))
+        for number, line in enumerate(lines, 1):
+            try:
+                # As duplicates are told: another id makes no other record.
+                content, _ = content_key(checked_turns(orjson.loads(line)))
+            except ValueError as error:
+                raise ArtifactError(
+                    f"line {number} of a published dataset is no record: {error}",
+                    where=path,
+                    remedy="Delete its directory and prepare the dataset again",
+                ) from error
+            digests.append(xxh3_64_intdigest(content, seed=seed))
             ends.append(ends[-1] + len(line))
     return np.asarray(digests, np.uint64), np.asarray(ends, np.int64)

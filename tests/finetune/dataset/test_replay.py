@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import orjson
 import pytest
 
 from finetune.dataset.models import PreparedDataset
 from finetune.dataset.replay import known_lines, new_and_replayed
+from finetune.errors import ArtifactError
 from finetune.layout import DataLayout
 
 Prepare = Callable[..., PreparedDataset]
@@ -86,3 +88,25 @@ def test_held_out_records_are_old_where_the_earlier_dataset_held_them_out_too(
     old = known_lines(dataset.eval_path, known.eval_path)
     assert old.sum() == len(lines_of(known.eval_path))
     assert 0 < old.sum() < len(old) == dataset.counts.eval
+
+
+def test_a_record_that_comes_back_with_another_id_is_not_new(prepare: Prepare, layout: DataLayout) -> None:
+    def export(night: int, count: int) -> bytes:
+        rows = ({"id": f"{night}-{i}", "prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(count))
+        return b"".join(orjson.dumps(row) + b"\n" for row in rows)
+
+    window = {"parameters": {"window": "date"}}
+    known, dataset = prepare({OLD: export(1, 60)}, **window), prepare({NEW: export(2, 80)}, **window)
+    assert not set(lines_of(dataset.train_path)) & set(lines_of(known.train_path))
+    found = new_and_replayed(dataset, known, fraction=0.5, layout=layout)
+    assert found is not None
+    assert (found.new, found.earlier) == (dataset.counts.train - known.counts.train, known.counts.train)
+    assert known_lines(dataset.eval_path, known.eval_path).sum() == known.counts.eval
+
+
+def test_a_line_that_is_no_record_is_named(two: tuple[PreparedDataset, PreparedDataset]) -> None:
+    known, dataset = two
+    with dataset.eval_path.open("ab") as lines:
+        lines.write(b"{}\n")
+    with pytest.raises(ArtifactError, match=f"line {dataset.counts.eval + 1} of a published dataset is no record"):
+        known_lines(dataset.eval_path, known.eval_path)
