@@ -141,7 +141,9 @@ def _exports(root: Path, days: float, kept: frozenset[str]) -> Iterator[Garbage]
 
 def _adapters(root: Path, days: float, kept: frozenset[str]) -> Iterator[Garbage]:
     for path in (root / "adapters").glob("*/[!.]*"):
-        if path.name not in kept and is_complete(path) and _is_old(path, days):
+        # What curricula and ensembles came to is in no registry, and bears their reports' names.
+        reported = (root / "experiments" / path.parent.name / path.name).exists()
+        if path.name not in kept and not reported and is_complete(path) and _is_old(path, days):
             yield Garbage("adapter", path, _size(path), path.name)
 
 

@@ -179,6 +179,18 @@ def test_adapters_go_that_are_of_no_version_and_versions_are_never_touched(layou
     assert sorted(path.name for path in (layout.root / "adapters" / "brain").iterdir()) == ["being-evaluated", "r3"]
 
 
+def test_the_adapter_of_a_curriculum_stays_with_its_report_and_those_of_its_stages_go(
+    layout: DataLayout, found: Found
+) -> None:
+    version(layout, "r1")
+    for name in ("curriculum-1a2b", "20260601-stage"):
+        made(layout.adapter(name), 20)
+    report = made(layout.experiment("curriculum-1a2b"), 20)
+    assert {name for name in found() if name.startswith("adapters")} == {"adapters/brain/20260601-stage"}
+    report.rename(report.with_name("elsewhere"))
+    assert "adapters/brain/curriculum-1a2b" in found()
+
+
 def test_while_a_registry_is_away_nothing_goes_that_its_versions_may_need(layout: DataLayout, found: Found) -> None:
     for run_id in ("r1", "r2"):
         version(layout, run_id)
