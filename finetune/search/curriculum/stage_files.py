@@ -174,12 +174,14 @@ def _refuse_empty(spec: CurriculumSpec, counts: Sequence[FileCounts]) -> None:
     for stage in spec.stages:
         own = [each for each in counts if each.stage == stage.name]
         if not sum(each.train for each in own):
-            lines, held_out, twice, rejected = (
-                sum(getattr(each, name) for each in own) for name in ("lines", "held_out", "duplicates", "rejected")
+            lines, held_out, twice, rejected, left_out = (
+                sum(getattr(each, name) for each in own)
+                for name in ("lines", "held_out", "duplicates", "rejected", "left_out")
             )
             raise DatasetError(
                 f"stage {stage.name} has no record to train on: of {lines} lines {held_out} are held out, "
-                f"{twice} stood before, {rejected} are no records",
+                f"{twice} stood before, {rejected} are no records, {left_out} are on the deletion list or left out as "
+                "exports are",
                 where=", ".join(str(each.file) for each in own),
                 remedy="Give the stage other records, or take it out",
             )

@@ -363,6 +363,11 @@ def test_a_stage_of_nothing_but_held_out_records_is_refused_with_the_counts(
         DatasetError, match=rf"stage b has no record to train on: of {count} lines {count} are held out"
     ):
         prepare_stage_files(spec, dataset, layout, PrepareParameters(), ignore_progress)
+    listed = tmp_path / "deletions.txt"
+    listed.write_text("".join(f"{json.loads(line)['id']}\n" for line in trained.read_text().splitlines()))
+    parameters = PrepareParameters(deletion_list=listed)
+    with pytest.raises(DatasetError, match=rf"stage a .* {dataset.counts.train} are on the deletion list or left out"):
+        prepare_stage_files(spec, dataset, layout, parameters, ignore_progress)
     gone = spec_with(by=None, stages=[{"name": "a", "files": ["/no/a.jsonl"]}, {"name": "b", "files": [str(leaking)]}])
     with pytest.raises(DatasetError, match=r"a stage's file cannot be read: No such file.*/no/a.jsonl"):
         prepare_stage_files(gone, dataset, layout, PrepareParameters(), ignore_progress)
