@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 MOST_ATTEMPTS = 3
 # The trials' user attribute that holds what Optuna has no place for.
 _RECORD = "record"
+# The study's user attribute that tells when the next trial did not fit what was left of the budget.
+_SHORT = "short_of_budget"
 _KEPT = {"gpu_hours", "reserved_gpu_hours", "attempts", "trial_config", "run_id", "adapter_path", "metrics", "reason"}
 # What ends running trials too.
 _AT_ONCE: frozenset[StopReason] = frozenset({"threshold", "patience", "budget"})
@@ -76,7 +78,14 @@ class Experiment:
 
     def over(self) -> StopReason | None:
         """Why no more trials may start, or None while one may."""
-        return self.ended() or reason_to_stop(self.history(), self.spec.limits)
+        history = self.history()
+        with storage_fault_named():
+            short = self._study.user_attrs.get(_SHORT) == self._standing(history)
+        return self.ended() or reason_to_stop(history, self.spec.limits) or ("budget" if short else None)
+
+    def _standing(self, history: Sequence[TrialRecord]) -> dict[str, Any]:
+        """The limits and how many trials there are: what is the same until something has changed."""
+        return {"limits": self.spec.limits.model_dump(), "trials": len(history)}
 
     @contextmanager
     def next_trial(self, propose: Propose) -> Iterator[Turn | StopReason | Literal["wait"]]:
@@ -121,7 +130,12 @@ class Experiment:
         # What nobody can estimate may take all that is left, so that the first trial runs alone.
         hours = remaining if candidate is None or candidate.gpu_hours is None else candidate.gpu_hours
         if candidate is None or hours > remaining:
-            return "wait" if running else "budget"
+            if running:
+                return "wait"
+            # Not for good: a later estimate may be a lower one.
+            with storage_fault_named():
+                self._study.set_user_attr(_SHORT, self._standing(history))
+            return "budget"
         trial = self._add(candidate.params, gpu_hours=hours, candidate=candidate)
         return self._hold(trial, held)
 

@@ -124,6 +124,21 @@ def test_a_trial_that_kills_its_worker_each_time_is_given_up(store: StudyStore) 
     assert completed.state == "completed"
 
 
+def test_a_trial_that_the_budget_does_not_hold_ends_the_experiment_and_is_told_until_there_is_more(
+    database: str, store: StudyStore
+) -> None:
+    spec = spec_with(max_trials=3, budget_gpu_hours=0.5)
+    experiment = store.open_experiment("short", spec, SPACE)
+    assert experiment.over() is None
+    assert work(experiment, proposer(spec, gpu_hours=1.0), quick, on_progress=ignore_progress) == "budget"
+    assert experiment.history() == []
+    assert store.find_experiment("short").over() == "budget"
+    raised = store.open_experiment("short", spec_with(max_trials=3, budget_gpu_hours=5.0), SPACE)
+    assert raised.over() is None
+    # Nor is it over for good: by another estimate a trial fits.
+    assert work(experiment, proposer(spec, gpu_hours=0.01), quick, on_progress=ignore_progress) == "max_trials"
+
+
 def test_two_workers_share_the_trials_and_the_budget(database: str, store: StudyStore, tmp_path: Path) -> None:
     # Each trial reserves 0.01 hours: of three that may run, the budget holds two at a time.
     spec = spec_with(max_trials=5, budget_gpu_hours=0.025, workers=3)
