@@ -131,7 +131,10 @@ class StudyStore(RunLog):
             logging.getLogger("optuna").setLevel(logging.WARNING)
             with self.exclusively(SCHEMA) as execute:
                 execute(f"CREATE SCHEMA IF NOT EXISTS {SCHEMA}", {})
-            url = self._engine.url.update_query_dict({"options": f"-csearch_path={SCHEMA}"})
+            url = self._engine.url
+            # Behind those of the setting, such as the endpoint that a hosted server goes by.
+            options = f"{url.query.get('options', '')} -csearch_path={SCHEMA}".strip()
+            url = url.update_query_dict({"options": options})
             with self.exclusively(SCHEMA):
                 self._storage = RDBStorage(
                     url.render_as_string(hide_password=False),

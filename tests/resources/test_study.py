@@ -124,6 +124,18 @@ def test_a_trial_that_kills_its_worker_each_time_is_given_up(store: StudyStore) 
     assert completed.state == "completed"
 
 
+def test_options_of_the_databases_address_hold_for_the_trials_too(database: str) -> None:
+    import sqlalchemy as sa
+
+    store = StudyStore(database_url=f"{database}&options=-cwork_mem%3D7MB", data_dir="/nowhere")
+    try:
+        with sa.create_engine(store._optuna().url, poolclass=sa.NullPool).connect() as connection:  # type: ignore[attr-defined]  # of the storage in use
+            shown = [connection.scalar(sa.text(f"SHOW {name}")) for name in ("work_mem", "search_path")]
+    finally:
+        store.close()
+    assert shown == ["7MB", "optuna"]
+
+
 def test_a_trial_that_the_budget_does_not_hold_ends_the_experiment_and_is_told_until_there_is_more(
     database: str, store: StudyStore
 ) -> None:
