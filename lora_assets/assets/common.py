@@ -12,6 +12,7 @@ from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import read_manifest
 from finetune.reproduction.manifest import read_experiment_manifest
 from finetune.reproduction.models import EXPERIMENT_MANIFEST
+from finetune.search.spec import TrainingSpec
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import load_settings
 from resources.retries import RETRY_POLICY
@@ -44,6 +45,20 @@ def key(name: str) -> dg.AssetKey:
 def made_from(*names: str) -> dict[str, dg.AssetIn]:
     """Inputs of an asset or check: parameters that are named like the pipeline's assets."""
     return {name: dg.AssetIn(key=key(name)) for name in names}
+
+
+def refuse_base_model(spec: TrainingSpec) -> None:
+    """See that a run's config names no base model: assets take that of the setting, and reports would name another.
+
+    Raises:
+        ConfigurationError: it names one.
+    """
+    if spec.base_model is not None:
+        raise ConfigurationError(
+            "base_model is not of a run: assets take that of the setting",
+            where="run config",
+            remedy="Leave it out, or set BASE_MODEL_NAME",
+        )
 
 
 def log_progress(context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext) -> Progress:

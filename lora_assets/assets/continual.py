@@ -17,6 +17,7 @@ from lora_assets.assets.common import (
     made_of,
     path,
     picture,
+    refuse_base_model,
     table,
 )
 from lora_assets.kubernetes import gpu_step
@@ -67,6 +68,7 @@ def continual_report(
     report = log_progress(context)
     given = {name: value for name, value in config.model_dump().items() if value is not None}
     spec = spec_of({**given, "dataset_date": context.partition_key}, ContinualSpec, where="run config")
+    refuse_base_model(spec)
     spec = of_settings(spec, SETTINGS)
     base = base_model.resolve(report, weights=not spec.dry_run or base_model.is_local)
     bench = bench_of(SETTINGS, merged_dataset, dataset_profile, base)

@@ -19,6 +19,7 @@ from lora_assets.assets.common import (
     path,
     picture,
     published_files,
+    refuse_base_model,
     table,
 )
 from lora_assets.kubernetes import gpu_step
@@ -88,6 +89,7 @@ def curriculum_adapter(
         CurriculumSpec,
         where="run config",
     )
+    refuse_base_model(spec)
     # A local model is known by its weights, and so are the losses that were measured with it.
     base = base_model.resolve(report, weights=not spec.dry_run or base_model.is_local)
     bench = bench_of(SETTINGS, merged_dataset, dataset_profile, base)

@@ -16,6 +16,7 @@ from lora_assets.assets.common import (
     made_of,
     path,
     picture,
+    refuse_base_model,
     table,
 )
 from lora_assets.kubernetes import gpu_step
@@ -68,6 +69,7 @@ def ensemble_adapter(
         EnsembleSpec,
         where="run config",
     )
+    refuse_base_model(spec)
     base = base_model.resolve(log_progress(context), weights=not spec.dry_run)
     bench = bench_of(SETTINGS, merged_dataset, dataset_profile, base)
     if spec.dry_run:

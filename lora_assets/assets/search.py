@@ -19,6 +19,7 @@ from lora_assets.assets.common import (
     made_of,
     path,
     picture,
+    refuse_base_model,
     table,
 )
 from lora_assets.kubernetes import convert_step, gpu_step
@@ -89,6 +90,7 @@ def open_study(
             ExperimentSpec,
             where="run config",
         )
+        refuse_base_model(spec)
         bench = _bench(context, merged_dataset, dataset_profile, base_model, weights=False)
         if spec.dry_run:
             measured = bench.measured(studies.measurements(bench.base_model.name, bench.device))
