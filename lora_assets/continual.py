@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.dataset.prepare import load_prepared
@@ -29,6 +30,7 @@ from finetune.search.continual.comparison import (
     Losses,
     concluded,
     measured,
+    refuse_one_sided,
 )
 from finetune.search.continual.report import publish_report, read_report
 from finetune.search.traced import continual_figures
@@ -64,6 +66,7 @@ def propose(settings: Settings, spec: ContinualSpec, bench: Bench) -> ContinualR
 
     Raises:
         ConfigurationError: there is no version to go on from, or it cannot be continued.
+        DatasetError: no held-out record is old, or none is new.
         ArtifactError: an adapter, a dataset or the registry is damaged.
     """
     version = _version(settings, spec, bench)
@@ -207,6 +210,8 @@ def _plans(
         )
 
     plans: dict[ArmName, TrainingPlan] = {"continued": going_on(spec.replay_fraction)}
+    # Before hours of training rather than after.
+    refuse_one_sided(_old(settings, bench, version))
     if spec.without_replay and spec.replay_fraction:
         plans["continued without replay"] = going_on(0.0)
     return {**plans, "from scratch": scratch}
@@ -249,18 +254,23 @@ def _evaluated(laboratory: Laboratory, arm: Arm, adapter: Path, longest: int, on
 
 def _losses(laboratory: Laboratory, version: RegisteredVersion, arms: list[Arm]) -> Losses:
     """Each model's losses, record by record, and which records the version's own dataset held out."""
-    lineage, held_out = version.lineage, laboratory.bench.dataset.eval_path
-    known = load_prepared(laboratory.settings.layout.prepared(lineage["date"], lineage["dataset_fingerprint"]))
     read: dict[ArmName, RecordLosses] = {arm.name: read_losses(arm.report_path) for arm in arms if arm.report_path}
     first = read["champion"]
     return Losses(
         tokens=np.array(first.tokens),
-        old=known_lines(held_out, known.eval_path)[np.array(first.lines) - 1],
+        old=_old(laboratory.settings, laboratory.bench, version)[np.array(first.lines) - 1],
         nats={
             "base model": np.array(first.base_nats),
             **{name: np.array(losses.nats) for name, losses in read.items()},
         },
     )
+
+
+def _old(settings: Settings, bench: Bench, version: RegisteredVersion) -> npt.NDArray[np.bool_]:
+    """Which held-out records the version's own dataset held out too; shape (records,)."""
+    lineage = version.lineage
+    known = load_prepared(settings.layout.prepared(lineage["date"], lineage["dataset_fingerprint"]))
+    return known_lines(bench.dataset.eval_path, known.eval_path)
 
 
 def _opened(

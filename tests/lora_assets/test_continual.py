@@ -13,20 +13,28 @@ from typer.testing import CliRunner
 
 from finetune.adapter_files import adapter_hash
 from finetune.base_model.models import BaseModelRef
+from finetune.chat.encode import RecordEncoder
 from finetune.dataset.deletions import content_hash
 from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import PreparedDataset
+from finetune.dataset.parameters import PrepareParameters
+from finetune.dataset.prepare import prepare_dataset
+from finetune.dataset.profile import profile_dataset
+from finetune.errors import DatasetError
 from finetune.planning.models import TrainingPlan
+from finetune.progress import ignore_progress
 from finetune.publishing import read_manifest, sha256_file
 from finetune.registry.descent import ancestry, with_descendants
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.promotion import champion, promote
 from finetune.registry.store import get_version, list_versions, register_adapter
-from finetune.search.continual.comparison import ContinualResult
+from finetune.search.continual.comparison import ContinualResult, ContinualSpec
 from lora_assets.assets import continual, dataset, evaluation, training
 from lora_assets.assets.common import key
 from lora_assets.cli.app import app
+from lora_assets.continual import of_settings, propose
 from lora_assets.freshness import date_states, read_value
+from lora_assets.laboratory import bench_of
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import Settings
 from resources.artifact_store import ArtifactStore, ValueStore
@@ -399,6 +407,19 @@ def test_the_train_command_goes_on_from_a_version_with_its_method_and_size(
 def test_a_date_without_an_earlier_champion_has_nothing_to_compare(loop: Loop) -> None:
     with pytest.raises(dg.Failure, match="no version that was trained on a date before 2026-06-01"):
         loop.make(OLD, "continual_report")
+
+
+def test_where_nothing_old_is_held_out_nothing_is_trained(loop: Loop) -> None:
+    layout = loop.settings.layout
+    alone = PrepareParameters(window="date", eval_fraction=VALUES["eval_fraction"])
+    dataset = prepare_dataset(discover_exports(layout.exports), date=NEW, layout=layout, parameters=alone)
+    base = BaseModelSource(name=loop.settings.base_model_name, cache_dir=str(layout.base_models)).resolve(
+        ignore_progress
+    )
+    profile = profile_dataset(dataset, encoder=RecordEncoder.load(base.path))
+    spec = of_settings(ContinualSpec(version="v1"), loop.settings)
+    with pytest.raises(DatasetError, match=f"none of the {dataset.counts.eval} held-out records is old"):
+        propose(loop.settings, spec, bench_of(loop.settings, dataset, profile, base))
 
 
 def test_settings_that_start_from_the_base_model_leave_dates_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

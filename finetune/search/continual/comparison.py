@@ -158,19 +158,31 @@ class Losses:
         return self.old if part == "old" else ~self.old
 
 
+def refuse_one_sided(old: npt.NDArray[np.bool_]) -> None:
+    """Check that something can be said of old and of new data.
+
+    Args:
+        old: which held-out records are old; shape (records,).
+
+    Raises:
+        DatasetError: none is, or all are.
+    """
+    for part, some in zip(PARTS, (old.any(), not old.all()), strict=True):
+        if not some:
+            raise DatasetError(
+                f"none of the {len(old)} held-out records is {part}, so nothing can be said of it",
+                where="the continual report",
+                remedy="Bring more data, raise EVAL_FRACTION, widen DATASET_WINDOW, or choose another date or version",
+            )
+
+
 def measured(arms: list[Arm], losses: Losses, *, seed: int) -> tuple[list[Arm], list[Change]]:
     """The arms with their losses on old and new records, and how they differ.
 
     Raises:
         DatasetError: no held-out record is old, or none is new.
     """
-    for part in PARTS:
-        if not losses.of(part).any():
-            raise DatasetError(
-                f"none of the {len(losses.old)} held-out records is {part}, so nothing can be said of it",
-                where="the continual report",
-                remedy="Bring more data, raise EVAL_FRACTION, or choose another date or version",
-            )
+    refuse_one_sided(losses.old)
 
     def loss(name: ArmName, part: Part) -> float:
         chosen = losses.of(part)
