@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -13,6 +13,7 @@ from finetune.adapter_files import adapter_hash
 from finetune.base_model.embedded import read_embedded_model
 from finetune.base_model.models import BaseModelRef
 from finetune.base_model.resolve import resolve_base_model
+from finetune.dataset.deletions import Deletions
 from finetune.errors import ArtifactError, FinetuneError
 from finetune.layout import DataLayout
 from finetune.progress import Progress
@@ -31,6 +32,8 @@ class Places:
         layout: of the data root here.
         exports: the watched directory here.
         deletion_list: of what must not be learned, if there is one here.
+        deletions: what is on it, with its contents (`finetune.dataset.deletions.with_contents`).
+        id_field: the field of a record's id.
         hub_token: for a base model on the hub.
         trust_remote_code: whether a base model's own code may run; what a manifest says of it does not count.
     """
@@ -38,6 +41,8 @@ class Places:
     layout: DataLayout
     exports: Path
     deletion_list: Path | None = None
+    deletions: Deletions = field(default_factory=Deletions)
+    id_field: str = "id"
     hub_token: str | None = None
     trust_remote_code: bool = False
 

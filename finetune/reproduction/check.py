@@ -8,6 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from finetune.dataset.deletions import named_lines
 from finetune.errors import ArtifactError, ConfigurationError
 from finetune.reproduction.at_hand import AtHand, Found, Places
 from finetune.reproduction.circumstances import Difference, differences
@@ -130,6 +131,11 @@ def check(selection: Selection, at_hand: AtHand, places: Places) -> Checked:
         if expected not in told
     ]
     refusals += [
+        f"dataset {dataset.date} holds, or may hold, what is on the deletion list here"
+        for dataset in datasets
+        if dataset.fingerprint in trained_on and _must_not_be_learned(dataset, at_hand, places)
+    ]
+    refusals += [
         f"training {entry.run_id} ran elsewhere ({entry.result.backend})"
         for entry in entries
         if entry.result.backend != "hf-peft"
@@ -143,6 +149,16 @@ def check(selection: Selection, at_hand: AtHand, places: Places) -> Checked:
         not_prepared=not_prepared,
         refusals=refusals,
     )
+
+
+def _must_not_be_learned(dataset: DatasetInput, at_hand: AtHand, places: Places) -> bool:
+    if not places.deletions:
+        return False
+    lying = at_hand.datasets.get(dataset.fingerprint)
+    if lying is None:
+        # It would be prepared as it was then: without a list, from all that its exports hold.
+        return "deletions" not in dataset.parameters
+    return any(named_lines(lying / "train.jsonl", places.deletions, places.id_field))
 
 
 def _fault(found: Found) -> str:

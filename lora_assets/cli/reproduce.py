@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,9 +68,11 @@ def _reproduce(
     manifest: Path, output: Path | None, chosen: list[str], check_only: bool, tolerance: float, as_json: bool
 ) -> int:
     from finetune.reproduction.reproduce import reproduce as run_again
+    from lora_assets.start import deletions_of
 
     settings, report = load_settings(), progress(as_json)
-    places, selection = places_of(settings), select(manifest, chosen)
+    selection = select(manifest, chosen)
+    places = replace(places_of(settings), deletions=deletions_of(settings), id_field=settings.id_field)
     at_hand = look_for_inputs(selection.manifest.inputs, places, weights=not check_only, on_progress=report)
     checked = check(selection, at_hand, places)
     if not as_json:

@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 
 from finetune.adapter_files import WEIGHTS_NAME
 from finetune.base_model.models import BaseModelRef
+from finetune.dataset.deletions import content_hash, read_deletions
 from finetune.errors import ArtifactError, ConfigurationError
 from finetune.layout import DataLayout
 from finetune.progress import ProgressEvent, ignore_progress
@@ -186,6 +188,26 @@ def test_a_dataset_that_is_gone_is_prepared_again_and_one_without_its_exports_is
     assert len(refusals) == 1
     assert "dataset 2026-06-08 is missing" in refusals[0]
     assert str(tmp_path / "gone") in refusals[0]
+
+
+def test_what_is_on_the_deletion_list_is_not_learned_again(published: Published, tmp_path: Path) -> None:
+    (train,) = (published.layout.root / "prepared").rglob("train.jsonl")
+    entry = f"content:{content_hash(json.loads(train.read_bytes().splitlines()[0]))}"
+    (tmp_path / "listed").write_text(entry)
+    listed = replace(published.places, deletions=read_deletions(tmp_path / "listed"))
+    (refusal,) = checked(published.first, listed).refusals
+    assert "what is on the deletion list here" in refusal
+
+    def moved(content: dict[str, Any]) -> None:
+        content["inputs"]["datasets"][0]["path"] = str(tmp_path / "gone")
+
+    # Nor is it prepared again with it.
+    elsewhere = replace(listed, layout=DataLayout(tmp_path / "empty"))
+    (refusal,) = checked(copied(published, tmp_path, moved), elsewhere).refusals
+    assert "what is on the deletion list here" in refusal
+    (tmp_path / "listed").write_text("of-nobody")
+    unnamed = replace(published.places, deletions=read_deletions(tmp_path / "listed"))
+    assert checked(published.first, unnamed).refusals == []
 
 
 def test_what_lay_where_nobody_may_look_here_is_looked_for_where_it_would_lie(tmp_path: Path) -> None:
