@@ -42,6 +42,7 @@ from finetune.training.models import InitAdapter
 from lora_assets.laboratory import Laboratory, Trained, evaluate, request_for, train
 from lora_assets.manifests import manifest_of
 from lora_assets.settings import Settings
+from lora_assets.start import deletions_of
 from resources.run_log import RunLog
 
 
@@ -85,7 +86,15 @@ def open_curriculum(settings: Settings, spec: CurriculumSpec, bench: Bench, on_p
     found, named = None, spec
     planned_on = replace(bench, measurements=())
     if spec.source == "files":
-        found = prepare_stage_files(spec, bench.dataset, settings.layout, settings.prepare_parameters, on_progress)
+        found = prepare_stage_files(
+            spec,
+            bench.dataset,
+            settings.layout,
+            settings.prepare_parameters,
+            on_progress,
+            # A record of the exports that is on the list by its id may stand in a file without one.
+            deletions_of(settings) if settings.exports.is_dir() else None,
+        )
         encoder = RecordEncoder.load(bench.base_model.path)
         profile = profile_dataset(found.dataset, encoder=encoder, on_progress=on_progress)
         planned_on = replace(planned_on, dataset=found.dataset, profile=profile)

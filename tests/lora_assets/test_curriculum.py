@@ -20,11 +20,15 @@ from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.dataset.prepare import prepare_dataset
 from finetune.dataset.profile import profile_dataset
 from finetune.evaluation.losses import read_losses
+from finetune.progress import ignore_progress
 from finetune.publishing import read_manifest, sha256_file
 from finetune.search.curriculum.report import CurriculumReport, change
+from finetune.search.curriculum.spec import CurriculumSpec
 from finetune.training.init_adapter import read_init_adapter
 from lora_assets.assets import curriculum
 from lora_assets.assets.common import COMMON
+from lora_assets.curriculum import open_curriculum
+from lora_assets.laboratory import bench_of
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import Settings
 from resources.artifact_store import ValueStore
@@ -328,6 +332,28 @@ def test_a_dry_run_on_the_command_line_needs_no_training_library_and_no_database
     assert sum(row["records"] - row["replayed"] for row in rows[:2]) == 40 - held_out
     assert not (tmp_path / "data" / "adapters").exists()
     assert not (tmp_path / "data" / "postgres").exists()
+
+
+def test_what_the_list_names_by_an_id_of_the_exports_is_not_learned_by_way_of_a_file_without_ids(
+    tiny_model: BaseModelRef, tmp_path: Path
+) -> None:
+    records = [{"instruction": f"Question {i}?", "output": f"Answer {i}."} for i in range(40)]
+    settings = Settings(data_root=tmp_path / "data", deletion_list=tmp_path / "deletions.txt")
+    settings.layout.exports.mkdir(parents=True)
+    (settings.layout.exports / f"brain_dataset_{DATE}.jsonl").write_text(
+        "".join(json.dumps({"id": f"r{i}", **record}) + "\n" for i, record in enumerate(records))
+    )
+    (tmp_path / "deletions.txt").write_text("r3\nr30\n")
+    for name, part in (("easy", records[:20]), ("hard", records[20:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in part))
+    dataset = prepare_dataset(
+        discover_exports(settings.exports), date=DATE, layout=settings.layout, parameters=settings.prepare_parameters
+    )
+    profile = profile_dataset(dataset, encoder=RecordEncoder.load(tiny_model.path))
+    stages = [{"name": name, "files": [tmp_path / f"{name}.jsonl"]} for name in ("easy", "hard")]
+    spec = CurriculumSpec.model_validate({"stages": stages})
+    opened = open_curriculum(settings, spec, bench_of(settings, dataset, profile, tiny_model), ignore_progress)
+    assert [file.left_out for file in opened.files] == [1, 1]
 
 
 def test_the_curriculum_step_asks_for_a_gpu() -> None:

@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 
 from finetune.dataset.chosen import link_or_copy
 from finetune.dataset.copying import copy_records
+from finetune.dataset.deletions import Deletions
 from finetune.dataset.discovery import ExportFile
 from finetune.dataset.index import FileIndex, index_files
 from finetune.dataset.models import Counts, PreparedDataset
@@ -75,6 +76,7 @@ def prepare_stage_files(
     layout: DataLayout,
     parameters: PrepareParameters,
     on_progress: Progress,
+    deletions: Deletions | None = None,
 ) -> StageFiles:
     """Prepare the files of all stages, in their order, by the rules by which exports are prepared.
 
@@ -87,6 +89,8 @@ def prepare_stage_files(
         layout: where the dataset is published.
         parameters: of the preparation.
         on_progress: told of bytes validated.
+        deletions: the deletion list with the contents that its ids name elsewhere
+            (`finetune.dataset.deletions.with_contents`); None for the list alone.
 
     Raises:
         ConfigurationError: a path is relative.
@@ -95,7 +99,7 @@ def prepare_stage_files(
     """
     numbered = [(number, path) for number, stage in enumerate(spec.stages) for path in stage.files]
     target = layout.prepared(held_out.date, "_")
-    deletions = parameters.deletions()
+    deletions = deletions or parameters.deletions()
     indexes = index_files(
         [_opened(path, held_out.date) for _, path in numbered],
         target.parent.parent / ".index",
