@@ -52,41 +52,43 @@ def run_ablation(
     of = bench.dataset.fingerprint, bench.base_model.fingerprint
     name = spec.name(*of)
     directory = settings.layout.experiment(name)
-    if (known := read_ablation(directory, *of)) is not None:
-        return step_result(known, directory)
-    exports = spec.dataset_path.parent if spec.dataset_path else None
-    laboratory = Laboratory(bench, settings, run_log, name, dagster_run_id, exports)
-    arms = arms_of(spec, bench.measured(run_log.measurements(bench.base_model.name, bench.device)))
-    _refuse_before_training(laboratory, arms, on_progress)
-    length = max(arm.trial.max_length for arm in arms)
-    losses: dict[str, RecordLosses] = {}
-    runs = [[_run(laboratory, arm, plan, length, losses, on_progress) for plan in arm.plans] for arm in arms]
-    figures = figures_of(arms, runs, losses)
-    result = AblationResult(
-        name=name,
-        spec=spec,
-        dataset_fingerprint=bench.dataset.fingerprint,
-        dataset_sha256=sha256_file(bench.dataset.eval_path),
-        base_model=bench.base_model.name,
-        base_model_fingerprint=bench.base_model.fingerprint,
-        max_length=length,
-        records=max((len(each.lines) for each in losses.values()), default=0),
-        gpu_hours=sum(run.gpu_hours for each in runs for run in each),
-        arms=figures,
-        conclusion=conclusion_of(spec, figures),
-    )
-    ended = [run for arm in result.arms for run in arm.runs if run.adapter is not None]
-    manifest = manifest_of(
-        settings,
-        spec,
-        kind="ablation_report",
-        name=name,
-        seed=spec.seed,
-        trainings={run.adapter: [run.evaluation] if run.evaluation else [] for run in ended if run.adapter},
-        figures=ablation_figures(result),
-    )
-    publish_ablation(directory, result, manifest)
-    return step_result(result, directory)
+    # Whoever else works on it has published it by then.
+    with run_log.lease(name, on_progress=on_progress):
+        if (known := read_ablation(directory, *of)) is not None:
+            return step_result(known, directory)
+        exports = spec.dataset_path.parent if spec.dataset_path else None
+        laboratory = Laboratory(bench, settings, run_log, name, dagster_run_id, exports)
+        arms = arms_of(spec, bench.measured(run_log.measurements(bench.base_model.name, bench.device)))
+        _refuse_before_training(laboratory, arms, on_progress)
+        length = max(arm.trial.max_length for arm in arms)
+        losses: dict[str, RecordLosses] = {}
+        runs = [[_run(laboratory, arm, plan, length, losses, on_progress) for plan in arm.plans] for arm in arms]
+        figures = figures_of(arms, runs, losses)
+        result = AblationResult(
+            name=name,
+            spec=spec,
+            dataset_fingerprint=bench.dataset.fingerprint,
+            dataset_sha256=sha256_file(bench.dataset.eval_path),
+            base_model=bench.base_model.name,
+            base_model_fingerprint=bench.base_model.fingerprint,
+            max_length=length,
+            records=max((len(each.lines) for each in losses.values()), default=0),
+            gpu_hours=sum(run.gpu_hours for each in runs for run in each),
+            arms=figures,
+            conclusion=conclusion_of(spec, figures),
+        )
+        ended = [run for arm in result.arms for run in arm.runs if run.adapter is not None]
+        manifest = manifest_of(
+            settings,
+            spec,
+            kind="ablation_report",
+            name=name,
+            seed=spec.seed,
+            trainings={run.adapter: [run.evaluation] if run.evaluation else [] for run in ended if run.adapter},
+            figures=ablation_figures(result),
+        )
+        publish_ablation(directory, result, manifest)
+        return step_result(result, directory)
 
 
 def _refuse_before_training(laboratory: Laboratory, arms: Sequence[Arm], on_progress: Progress) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from finetune.dataset.prepare import prepare_dataset
 from finetune.dataset.profile import profile_dataset
 from finetune.errors import ArtifactError, ConfigurationError
 from finetune.evaluation.losses import read_losses
-from finetune.progress import ignore_progress
+from finetune.progress import ProgressEvent, ignore_progress
 from finetune.publishing import read_manifest, sha256_file
 from finetune.search.ablation.spec import AblationSpec, arms_of
 from finetune.search.models import StepResult
@@ -229,6 +230,29 @@ def test_a_part_of_it_trains_nothing_and_a_whole_report_is_taken_as_it_is(
     assert told["conclusion"] in printed(directory, tiny_model, "experiment", "ablation", "rank.yaml")
     assert report.stat().st_ino == made
     assert adapters(directory) == known
+
+
+def test_who_works_on_the_same_ablation_is_waited_for(
+    gone_on: dict[str, Any], settings: Settings, tiny_model: BaseModelRef
+) -> None:
+    spec = spec_of({**RANK_ALONE, "dataset_date": DATE}, AblationSpec, where="here")
+    own = settings.model_copy(update={"base_model_name": str(tiny_model.path)})
+    bench = make_bench(own, spec, ignore_progress, weights=True)
+    run_log = RunLog(data_dir=str(settings.data_root))
+    told: list[str] = []
+    try:
+        with ExitStack() as other:
+            other.enter_context(run_log.lease(spec.name(bench.dataset.fingerprint, bench.base_model.fingerprint)))
+
+            def tell(event: ProgressEvent) -> None:
+                told.append(str(event))
+                other.close()
+
+            result = run_ablation(spec, bench, own, run_log, tell)
+    finally:
+        run_log.close()
+    assert told[0].startswith("waiting for process")
+    assert result.data["arms"][:1] == gone_on["result"].data["arms"][:1]
 
 
 def test_a_row_that_was_left_running_when_its_adapter_was_published_is_completed(
