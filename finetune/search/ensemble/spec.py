@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -44,6 +44,8 @@ _SMALLEST_LOSS = 1e-12
 
 class EnsembleSpec(TrainingSpec):
     """All fields of an ensemble of LoRA adapters."""
+
+    may_change: ClassVar[frozenset[str]] = TrainingSpec.may_change | {"tokens_per_second"}
 
     method: Literal["lora", "qlora"] = "lora"
     # in what the members differ; `folds`: each is trained without one of as many parts of the records
@@ -116,12 +118,14 @@ class EnsembleSpec(TrainingSpec):
         return None if self.combination in _WHOLE else self.density or _DENSITY
 
     def name(self, *of: str) -> str:
-        """The ensemble's name: of what is trained and combined, and on what.
+        """The ensemble's name: of what is trained and combined, and on what. A default written down is the same.
 
         Args:
             of: fingerprints of the dataset and of the base model.
         """
-        return f"ensemble-{self.identity(str(METHOD), *of)}"
+        temperature = (self.temperature or _TEMPERATURE) if self.weighting == "softmax_loss" else None
+        whole = {"n_members": len(self.members), "density": self.kept_share, "temperature": temperature}
+        return f"ensemble-{self.model_copy(update=whole).identity(str(METHOD), *of)}"
 
     def weights(self, losses: Sequence[float]) -> list[float]:
         """`loss_weights` as this ensemble wants them; not for ``greedy_soup``, which has to try."""

@@ -128,8 +128,14 @@ def test_members_differ_in_what_was_asked_for() -> None:
 def test_an_ensembles_name_tells_what_is_combined_and_not_why() -> None:
     spec = EnsembleSpec(goal="one")
     assert spec.name("data", "base") == EnsembleSpec(goal="two", dry_run=True).name("data", "base")
-    others = [EnsembleSpec(weighting="uniform"), EnsembleSpec(combination="svd"), EnsembleSpec(seed=1)]
-    assert len({each.name("data", "base") for each in [spec, *others]} | {spec.name("data", "other")}) == 5
+    assert spec.name("data", "base") == EnsembleSpec(n_members=4, tokens_per_second=60).name("data", "base")
+    ties = {"weighting": "softmax_loss", "combination": "ties"}
+    written = EnsembleSpec.model_validate({**ties, "temperature": 0.05, "density": 0.5})
+    assert written.name("data", "base") == EnsembleSpec.model_validate(ties).name("data", "base")
+    changes = [{"weighting": "uniform"}, {"combination": "svd"}, {"seed": 1}, {"n_members": 5}]
+    changes += [ties, {**ties, "density": 0.4}, {**ties, "temperature": 0.1}, {"diversity": "ranks", "ranks": [2, 4]}]
+    others = [EnsembleSpec.model_validate(each) for each in changes]
+    assert len({each.name("data", "base") for each in [spec, *others]} | {spec.name("data", "other")}) == 10
 
 
 def test_halves_are_decided_by_content(tmp_path: Path) -> None:
