@@ -141,7 +141,11 @@ def _would_leak(version: RegisteredVersion, layout: DataLayout, dataset: Prepare
     """Why the version may know what the dataset holds out or does not show, itself or by its ancestors, or None."""
     ours = read_manifest(dataset.path, kind=KIND).parameters
     for each in ancestry(layout.registry, version):
-        known = _known_dataset(each, layout)
+        try:
+            known = _known_dataset(each, layout)
+        except ArtifactError:
+            # Of an ancestor: the version's own was read before.
+            known = None
         if known is None:
             continue
         theirs = read_manifest(known.path, kind=KIND).parameters

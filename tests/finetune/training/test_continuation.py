@@ -98,6 +98,13 @@ def test_a_version_that_was_trained_on_what_is_held_out_now_is_not_gone_on_with(
     second = version_of(layout, between, continued={"version": first.version})
     with pytest.raises(ConfigurationError, match=r"v2 cannot be continued: v1 was trained on \d+ of the prompts"):
         go_on(layout, second, later)
+    # An ancestor's dataset that is damaged stops no date.
+    damaged = layout.prepared(OLD, str(first.lineage["dataset_fingerprint"])) / "train.jsonl"
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-1])
+    with pytest.raises(_FitError):
+        go_on(layout, second, later)
+    damaged.write_bytes(whole)
     for same_or_less in (0.2, 0.1):
         with pytest.raises(_FitError):
             go_on(layout, first, prepared(layout, NEW, eval_fraction=same_or_less))
