@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune.dataset.inspect import held_out_prompts
+from finetune.planning.models import TrainingPlan
 from finetune.progress import Progress
 from finetune.publishing import is_complete
-from finetune.reproduction.models import ExperimentManifest
+from finetune.reproduction.models import ExperimentManifest, StoppedTraining
 from finetune.search.adoption import keep_configuration
 from finetune.search.candidates import Bench, Candidate, experiment_space, next_candidate, plan_of
 from finetune.search.ledger import best_trial
@@ -20,8 +21,9 @@ from finetune.search.report import publish_report
 from finetune.search.result import experiment_result, figures_of
 from finetune.search.spec import ExperimentSpec
 from finetune.search.watch import TrialStopped, Watch
+from finetune.training.identity import CODE_VERSION
 from finetune.training.models import TrainingRequest
-from lora_assets.laboratory import Laboratory, evaluate, evaluation_directory, train
+from lora_assets.laboratory import Laboratory, evaluate, evaluation_directory, request_for, train
 from lora_assets.manifests import manifest_of
 from lora_assets.settings import Settings
 from resources.experiment import Experiment
@@ -98,18 +100,6 @@ def run_trial(opened: Opened, trial: TrialRecord, watch: Watch) -> Outcome:
         from finetune.search.heldout import HeldOutLoss
 
         watch.held_out_loss = HeldOutLoss(bench.dataset.eval_path, bench.base_model.path, max_length=longest)
-    plan = plan_of(spec, bench, trial.params)
-    if trial.trial_config is not None:
-        # As it was proposed, whatever later measurements would make of it.
-        plan = plan.model_copy(update={"trial_config": trial.trial_config})
-    laboratory = Laboratory(
-        bench,
-        opened.settings,
-        opened.experiment.store,
-        f"experiment {opened.experiment.name}",
-        opened.dagster_run_id,
-        spec.dataset_path.parent if spec.dataset_path else None,
-    )
 
     def settle_stopped(request: TrainingRequest, row: Recording, error: Exception) -> None:
         if isinstance(error, TrialStopped):
@@ -117,7 +107,8 @@ def run_trial(opened: Opened, trial: TrialRecord, watch: Watch) -> Outcome:
             row.complete(None, {"stopped": error.reason, "gpu_hours": watch.gpu_hours})
             shutil.rmtree(request.work_dir, ignore_errors=True)
 
-    trained = train(laboratory, plan, on_progress=watch, on_error=settle_stopped)
+    laboratory = _laboratory(opened)
+    trained = train(laboratory, _plan(opened, trial), on_progress=watch, on_error=settle_stopped)
     request, result = trained.request, trained.result
     report = evaluate(laboratory, request.adapter_dir, run_id=request.run_id, max_length=longest, on_progress=watch)
     metrics = {
@@ -134,6 +125,26 @@ def run_trial(opened: Opened, trial: TrialRecord, watch: Watch) -> Outcome:
         run_id=request.run_id,
         adapter_path=str(request.adapter_dir),
     )
+
+
+def _laboratory(opened: Opened) -> Laboratory:
+    path = opened.experiment.spec.dataset_path
+    return Laboratory(
+        opened.bench,
+        opened.settings,
+        opened.experiment.store,
+        f"experiment {opened.experiment.name}",
+        opened.dagster_run_id,
+        path.parent if path else None,
+    )
+
+
+def _plan(opened: Opened, trial: TrialRecord) -> TrainingPlan:
+    plan = plan_of(opened.experiment.spec, opened.bench, trial.params)
+    if trial.trial_config is None:
+        return plan
+    # As it was proposed, whatever later measurements would make of it.
+    return plan.model_copy(update={"trial_config": trial.trial_config})
 
 
 def _longest(opened: Opened, trial: TrialRecord) -> int:
@@ -178,11 +189,20 @@ def conclude(opened: Opened, on_progress: Progress) -> StepResult:
 def _manifest(opened: Opened, history: Sequence[TrialRecord]) -> ExperimentManifest:
     experiment, layout, held_out = opened.experiment, opened.settings.layout, opened.bench.dataset.eval_path
     trainings: dict[Path, list[Path]] = {}
+    stopped: dict[str, StoppedTraining] = {}
+    named: list[TrialRecord] = []
+    laboratory = _laboratory(opened)
     for trial in history:
         if trial.state == "completed" and trial.adapter_path is not None:
             report = evaluation_directory(layout, trial.run_id, held_out, _longest(opened, trial))
             # Earlier versions kept it elsewhere.
             trainings[Path(trial.adapter_path)] = [report] if is_complete(report) else []
+        elif trial.trial_config is not None and trial.state in ("pruned", "failed"):
+            request = request_for(laboratory, _plan(opened, trial))
+            stopped[request.run_id] = StoppedTraining(request=request, reason=trial.reason, code_version=CODE_VERSION)
+            trial = trial.model_copy(update={"run_id": request.run_id})
+        named.append(trial)
+    published = {path.name for path in trainings}
     return manifest_of(
         opened.settings,
         experiment.spec,
@@ -190,7 +210,9 @@ def _manifest(opened: Opened, history: Sequence[TrialRecord]) -> ExperimentManif
         name=experiment.name,
         seed=experiment.spec.seed,
         trainings=trainings,
-        figures=figures_of(history, experiment.spec),
+        # A configuration that failed once may have ended well in another trial.
+        stopped=[training for run_id, training in stopped.items() if run_id not in published],
+        figures=figures_of(named, experiment.spec),
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from finetune.reproduction.manifest import Trainings, experiment_manifest
-from finetune.reproduction.models import Combination, ExperimentKind, ExperimentManifest, Figure
+from finetune.reproduction.models import Combination, ExperimentKind, ExperimentManifest, Figure, StoppedTraining
 from finetune.search.spec import TrainingSpec
 from lora_assets.settings import Settings
 
@@ -20,6 +20,7 @@ def manifest_of(
     seed: int | None = None,
     trainings: Trainings,
     figures: Mapping[str, Figure],
+    stopped: Sequence[StoppedTraining] = (),
     combinations: Mapping[str, Combination] = MappingProxyType({}),
 ) -> ExperimentManifest:
     """The manifest, to be written beside the report by `finetune.reproduction.manifest.write_manifest`.
@@ -32,6 +33,7 @@ def manifest_of(
         seed: of the experiment itself, if it has one.
         trainings: each adapter's directory, with the directories of its evaluations.
         figures: every figure and picture of the report, by name.
+        stopped: trainings without an adapter that figures tell of too.
         combinations: adapters that were made from those of trainings, by name.
 
     Raises:
@@ -47,5 +49,6 @@ def manifest_of(
         environment=settings.recorded,
         secrets=settings.secrets,
         figures=figures,
+        stopped=stopped,
         combinations=combinations,
     )

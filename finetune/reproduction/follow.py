@@ -28,9 +28,11 @@ from finetune.reproduction.models import (
     Evaluation,
     ExportInput,
     Inputs,
+    StoppedTraining,
     TrainingEntry,
 )
 from finetune.training.identity import CODE_VERSION, training_run_id
+from finetune.training.models import TrainingRequest
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,14 @@ class Follower:
     Args:
         trainings: by their ids.
         combinations: adapters that were made from those of trainings, by name.
+        stopped: trainings that left no adapter, by their ids.
         inputs: what the trainings read.
         places: where to look for what does not lie any more where it lay.
     """
 
     trainings: Mapping[str, TrainingEntry]
     combinations: Mapping[str, Combination]
+    stopped: Mapping[str, StoppedTraining]
     inputs: Inputs
     places: Places
     _known: dict[tuple[InputKind, str], Found] = field(default_factory=dict)
@@ -58,12 +62,20 @@ class Follower:
                 yield from self.links(member)
             return
         entry = self.trainings.get(run)
+        if entry is None and (ended := self.stopped.get(run)):
+            yield _training_link(ended.request, "hf-peft", ended.code_version)
+            yield from self._read_by(ended.request)
+            return
         if entry is None:
             yield Found(kind="training", name=run, expected=run, state="missing", reason="nothing tells of it")
             return
         result, request = entry.result, entry.request
         yield from self._adapter(run, result.adapter_hash or "", result.adapter_path, entry.evaluations)
-        yield training_link(entry)
+        yield _training_link(request, result.backend, entry.code_version)
+        yield from self._read_by(request)
+
+    def _read_by(self, request: TrainingRequest) -> Iterator[Found]:
+        """What a training began with and learned from."""
         if init := request.init_adapter:
             if init.run_id in self.trainings:
                 yield from self.links(init.run_id)
@@ -144,11 +156,10 @@ class Follower:
         return self._known[kind, expected]
 
 
-def training_link(entry: TrainingEntry) -> Found:
+def _training_link(request: TrainingRequest, backend: str, code_version: int) -> Found:
     """A training's id is a hash of all that decides its adapter: a request that was altered has another one."""
-    request = entry.request
-    found = Found(kind="training", name=entry.run_id, expected=entry.run_id, state="present")
-    if entry.code_version != CODE_VERSION:
+    found = Found(kind="training", name=request.run_id, expected=request.run_id, state="present")
+    if code_version != CODE_VERSION:
         # Names were given by other rules then.
         return found
     named = training_run_id(
@@ -156,10 +167,10 @@ def training_link(entry: TrainingEntry) -> Found:
         dataset_fingerprint=request.dataset.fingerprint,
         trial=request.plan.trial_config,
         base_model=request.base_model,
-        backend=entry.result.backend,
+        backend=backend,
         init_adapter=request.init_adapter.adapter_hash if request.init_adapter else None,
     )
-    if named == entry.run_id:
+    if named == request.run_id:
         return found
     return found.model_copy(update={"state": "changed", "reason": f"what was asked for is the training {named}"})
 

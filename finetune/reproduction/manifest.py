@@ -30,6 +30,7 @@ from finetune.reproduction.models import (
     ExportInput,
     Figure,
     Inputs,
+    StoppedTraining,
     TrainingEntry,
     VersionManifest,
 )
@@ -53,6 +54,7 @@ def experiment_manifest(
     environment: Mapping[str, str],
     secrets: Iterable[str],
     figures: Mapping[str, Figure],
+    stopped: Sequence[StoppedTraining] = (),
     combinations: Mapping[str, Combination] = MappingProxyType({}),
 ) -> ExperimentManifest:
     """The manifest of an experiment whose trainings are done; `write_manifest` adds its outputs.
@@ -67,18 +69,20 @@ def experiment_manifest(
         environment: the settings in force that may be told.
         secrets: values that must not be told.
         figures: every figure and picture of the report, by name.
+        stopped: trainings without an adapter that figures tell of too.
         combinations: adapters that were made from those of trainings, by name.
 
     Raises:
         ArtifactError: an adapter, an evaluation or a dataset is damaged.
     """
-    described = describe(trainings, exports=exports, environment=environment, secrets=secrets)
+    described = describe(trainings, exports=exports, environment=environment, secrets=secrets, stopped=stopped)
     redact = Redactor(secrets)
     return ExperimentManifest(
         kind=kind,
         name=name,
         configuration=_redacted(dict(configuration), redact),
         figures=dict(figures),
+        stopped=list(stopped),
         combinations=dict(combinations),
         metrics={name: figure.value for name, figure in figures.items() if figure.value is not None},
         outputs={},
@@ -87,7 +91,12 @@ def experiment_manifest(
 
 
 def describe(
-    trainings: Trainings, *, exports: Path | None, environment: Mapping[str, str], secrets: Iterable[str]
+    trainings: Trainings,
+    *,
+    exports: Path | None,
+    environment: Mapping[str, str],
+    secrets: Iterable[str],
+    stopped: Sequence[StoppedTraining] = (),
 ) -> dict[str, Any]:
     """What manifests of versions and of experiments have in common; the arguments are `experiment_manifest`'s.
 
@@ -98,11 +107,12 @@ def describe(
     """
     redact = Redactor(secrets)
     entries = [entry for adapter, reports in trainings.items() if (entry := training_entry(adapter, reports))]
+    requests = [*(entry.request for entry in entries), *(training.request for training in stopped)]
     provenance = describe_process()
     return {
         "created_at": datetime.now(UTC),
-        "inputs": inputs_of([entry.request for entry in entries], exports),
-        "seeds": {entry.run_id: entry.request.plan.trial_config.seed for entry in entries},
+        "inputs": inputs_of(requests, exports),
+        "seeds": {request.run_id: request.plan.trial_config.seed for request in requests},
         "trainings": [_entry_redacted(entry, redact) for entry in entries],
         "environment": {name: redact(value) for name, value in environment.items()},
         **dict(provenance.model_copy(update={"command": [redact(word) for word in provenance.command]})),
@@ -181,7 +191,8 @@ def write_manifest(directory: Path, manifest: ExperimentManifest | VersionManife
     }
     written: dict[str, Any] = {"outputs": outputs}
     if isinstance(manifest, ExperimentManifest):
-        drawn = Figure(runs=[*(entry.run_id for entry in manifest.trainings), *manifest.combinations])
+        trained = [*(entry.run_id for entry in manifest.trainings), *(each.run_id for each in manifest.stopped)]
+        drawn = Figure(runs=[*trained, *manifest.combinations])
         pictures = {name: drawn for name in outputs if name.endswith(".png")}
         written["figures"] = pictures | manifest.figures
     text = manifest.model_copy(update=written).model_dump_json(indent=2)

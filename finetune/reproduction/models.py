@@ -128,6 +128,21 @@ class TrainingEntry(BaseModel):
         return self.request.run_id
 
 
+class StoppedTraining(BaseModel):
+    """A training that ended early or failed, and left no adapter: what was asked for, and why it ended."""
+
+    model_config = ConfigDict(frozen=True)
+
+    request: TrainingRequest
+    reason: str
+    code_version: int
+
+    @property
+    def run_id(self) -> str:
+        """The training's id."""
+        return self.request.run_id
+
+
 class Manifest(Provenance):
     """What both kinds of manifest say: inputs, configuration, seeds, trainings, circumstances, outputs."""
 
@@ -190,6 +205,7 @@ class ExperimentManifest(Manifest):
     kind: ExperimentKind
     name: str
     figures: dict[str, Figure]
+    stopped: list[StoppedTraining] = Field(default_factory=list)
     combinations: dict[str, Combination] = Field(default_factory=dict)
 
 

@@ -19,6 +19,7 @@ from finetune.reproduction.models import (
     Combination,
     Figure,
     Inputs,
+    StoppedTraining,
     TrainingEntry,
     VersionManifest,
 )
@@ -68,6 +69,7 @@ class _Ground:
     trainings: Mapping[str, TrainingEntry]
     inputs: Inputs
     combinations: Mapping[str, Combination] = field(default_factory=dict)
+    stopped: Mapping[str, StoppedTraining] = field(default_factory=dict)
 
 
 def trace(report: Path, places: Places, *, figure: str | None = None) -> Trace:
@@ -102,7 +104,7 @@ def trace(report: Path, places: Places, *, figure: str | None = None) -> Trace:
                 f"the report has no figure {figure}", where=directory, remedy=f"It has {', '.join(figures)}"
             )
         figures = {figure: figures[figure]}
-    follower = Follower(ground.trainings, ground.combinations, ground.inputs, places)
+    follower = Follower(ground.trainings, ground.combinations, ground.stopped, ground.inputs, places)
     runs = dict.fromkeys(run for each in figures.values() for run in each.runs)
     return Trace(
         report=find("report", manifest.kind, stated, [directory], altered_directory),
@@ -122,7 +124,8 @@ def _of_experiment(directory: Path) -> _Ground:
             for run, entry in trainings.items()
         }
         return _Ground(figures, trainings, manifest.inputs)
-    return _Ground(manifest.figures, trainings, manifest.inputs, manifest.combinations)
+    stopped = {ended.run_id: ended for ended in manifest.stopped}
+    return _Ground(manifest.figures, trainings, manifest.inputs, manifest.combinations, stopped)
 
 
 def _of_evaluation(directory: Path, manifest: Manifest, places: Places) -> _Ground:

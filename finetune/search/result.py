@@ -56,16 +56,25 @@ def experiment_result(
 
 
 def figures_of(history: Sequence[TrialRecord], spec: ExperimentSpec) -> dict[str, Figure]:
-    """The report's figures by name, such as ``trial.3.eval_loss``, each with the trainings it was computed from."""
-    completed = [trial for trial in history if trial.state == "completed" and trial.run_id]
+    """The report's figures by name, such as ``trial.3.eval_loss``, each with the trainings it was computed from.
+
+    Args:
+        history: trials that trained have a `run_id`, also those that were stopped.
+        spec: the experiment's.
+    """
+    trained = [trial for trial in history if trial.run_id and trial.state != "running"]
     figures = {}
-    for trial in completed:
-        figures[f"trial.{trial.number}.{spec.stop_metric}"] = Figure(value=trial.value, runs=[trial.run_id])
-        figures[f"trial.{trial.number}.seconds"] = Figure(value=3600 * trial.gpu_hours, runs=[trial.run_id])
+    for trial in trained:
+        name = f"trial.{trial.number}"
+        if trial.value is not None:
+            figures[f"{name}.{spec.stop_metric}"] = Figure(value=trial.value, runs=[trial.run_id])
+        figures[f"{name}.seconds"] = Figure(value=3600 * trial.gpu_hours, runs=[trial.run_id])
+        for ninths, loss in trial.intermediate.items():
+            figures[f"{name}.loss after {ninths} ninths"] = Figure(value=loss, runs=[trial.run_id])
     if best := best_trial(history):
         figures[f"best.{spec.stop_metric}"] = Figure(value=best.value, runs=[best.run_id])
     used = budget_of(history, spec.budget_gpu_hours).used
-    figures["gpu_hours_used"] = Figure(value=used, runs=list(dict.fromkeys(trial.run_id for trial in completed)))
+    figures["gpu_hours_used"] = Figure(value=used, runs=list(dict.fromkeys(trial.run_id for trial in trained)))
     return figures
 
 

@@ -203,7 +203,9 @@ def _bench(
 ) -> Bench:
     from lora_assets.laboratory import bench_of
 
-    return bench_of(SETTINGS, dataset, profile, base_model.resolve(log_progress(context), weights=weights))
+    # A local model is known by its weights, and so are the experiment and its trainings.
+    base = base_model.resolve(log_progress(context), weights=weights or base_model.is_local)
+    return bench_of(SETTINGS, dataset, profile, base)
 
 
 def _told(result: StepResult) -> dict[str, str | int | float]:

@@ -26,7 +26,8 @@ from tests.profiles import PROFILE
 DATE = "2026-06-01"
 CONFIG: dict[str, Any] = {
     "goal": "a low loss",
-    "max_trials": 3,
+    "max_trials": 4,
+    "seed": 1,
     "strategy": "halving",
     "workers": 2,
     "parameters": ["learning_rate", "lora_rank"],
@@ -73,28 +74,34 @@ def test_a_study_seats_its_workers_tells_of_every_trial_and_a_dry_run_of_none(
         proposed = study(settings, tiny_model, {**CONFIG, "dry_run": True})
         (event,) = proposed.asset_materializations_for_node("brain__hpo_study")
         assert event.metadata["status"].value == "dry_run"
-        assert len(event.metadata["proposed"].value.records) == 3  # type: ignore[union-attr]
+        assert len(event.metadata["proposed"].value.records) == 4  # type: ignore[union-attr]
 
         result = study(settings, tiny_model, CONFIG)
         (event,) = result.asset_materializations_for_node("brain__hpo_study")
         told = event.metadata
-        assert told["total_trials"].value == 3
+        assert told["total_trials"].value == 4
         assert told["stopped_by"].value == "max_trials"
         states = [record.data["state"] for record in told["trials"].value.records]  # type: ignore[union-attr]
         assert states[0] == "completed"
-        assert set(states) <= {"completed", "pruned"}
+        assert set(states) == {"completed", "pruned"}
         assert {"history", "budget", "parallel"} <= set(told)
         assert str(told["history"].value).startswith("![](data:image/png;base64,")
         assert "</html>" in Path(str(told["report"].value)).read_text()
         manifest = traced(Path(str(told["path"].value)), settings.layout)
         assert told["run_ids"].value == ", ".join(entry.run_id for entry in manifest.trainings)
+        # What was stopped early was trained on something, too.
+        assert len(manifest.stopped) == states.count("pruned")
+        assert {f"trial.{number}.seconds" for number in range(4)} <= set(manifest.figures)
+        assert manifest.figures["gpu_hours_used"].runs == [
+            manifest.figures[f"trial.{number}.seconds"].runs[0] for number in range(4)
+        ]
         assert told["dataset_fingerprint"].value == manifest.inputs.datasets[0].fingerprint
         steps = {event.step_key for event in result.get_step_success_events()}
         assert {"brain__hpo_study.work_on_trials[0]", "brain__hpo_study.work_on_trials[1]"} <= steps
         value = StepResult.model_validate_json(
             (settings.layout.asset_values / "brain/hpo_study" / f"{DATE}.json").read_bytes()
         )
-        assert value.metadata["total_trials"] == 3
+        assert value.metadata["total_trials"] == 4
 
 
 def test_each_worker_of_a_study_asks_for_its_own_gpu() -> None:

@@ -14,8 +14,10 @@ from finetune.errors import ArtifactError, ConfigurationError
 from finetune.layout import DataLayout
 from finetune.publishing import publish_directory
 from finetune.reproduction.at_hand import Found, Places
-from finetune.reproduction.models import Figure
+from finetune.reproduction.manifest import experiment_manifest, training_entry, write_manifest
+from finetune.reproduction.models import Figure, StoppedTraining
 from finetune.reproduction.trace import Trace, trace
+from finetune.training.identity import CODE_VERSION
 from tests.finetune.reproduction.conftest import Published
 
 CHAIN = ["evaluation", "records", "adapter", "training", "base model", "dataset", "export", "export"]
@@ -156,3 +158,37 @@ def test_a_directory_that_says_nothing_of_its_figures_is_no_report(published: Pu
         (staging.path / "report.html").write_text("<html>")
     with pytest.raises(ArtifactError, match="no report that says"):
         trace(tmp_path / "report", published.places)
+
+
+def test_a_figure_of_a_training_that_was_stopped_early_is_followed_to_what_it_was_trained_on(
+    published: Published, tmp_path: Path
+) -> None:
+    entry = training_entry(published.trainings[0].adapter_path or Path(), [])
+    assert entry is not None
+    request = entry.request
+    stopped = StoppedTraining(request=request, reason="it was no better than others", code_version=CODE_VERSION)
+    manifest = experiment_manifest(
+        kind="hpo_study",
+        name="stopped",
+        configuration={},
+        seed=None,
+        trainings={},
+        exports=published.layout.exports,
+        environment={},
+        secrets=[],
+        figures={"trial.0.seconds": Figure(value=1.5, runs=[request.run_id])},
+        stopped=[stopped],
+    )
+    with publish_directory(tmp_path / "report", kind="experiment") as staging:
+        write_manifest(staging.path, manifest)
+    traced = trace(tmp_path / "report", published.places)
+    assert traced.broken == []
+    (chain,) = traced.chains.values()
+    assert [link.kind for link in chain.links] == CHAIN[3:]
+    with broken(request.dataset.path / "train.jsonl", flip):
+        assert trace(tmp_path / "report", published.places).broken == ["trial.0.seconds"]
+    other = stopped.model_copy(update={"request": request.model_copy(update={"run_id": "20260601-0000000000"})})
+    figures = {"trial.0.seconds": Figure(value=1.5, runs=[other.run_id])}
+    with publish_directory(tmp_path / "report", kind="experiment", replace=True) as staging:
+        write_manifest(staging.path, manifest.model_copy(update={"stopped": [other], "figures": figures}))
+    assert "training" in told(trace(tmp_path / "report", published.places))
