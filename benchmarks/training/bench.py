@@ -256,7 +256,8 @@ def cpu_contests(root: Path, seeds: int) -> list[Contest]:
             # Short steps: the machine's own noise is as large as the bound, and only many rounds take it away.
             overhead_batch=(4, 1),
             overhead_steps=15,
-            layout_steps=10,
+            # So many that a single long record does not decide.
+            layout_steps=24,
             seeds=max(2, seeds // 2),
         ),
     ]
