@@ -7,11 +7,10 @@ from pathlib import Path
 
 from finetune.planning.models import Range
 from finetune.publishing import publish_directory
-from finetune.reproduction.manifest import write_manifest
 from finetune.reproduction.models import ExperimentManifest
 from finetune.search.ledger import best_trial, budget_of
 from finetune.search.models import StepResult, StopReason, TrialRecord
-from finetune.search.page import render_page
+from finetune.search.page import render_page, write_report
 from finetune.search.plots import pictures
 from finetune.search.result import shown
 from finetune.search.spec import ExperimentSpec
@@ -67,10 +66,6 @@ def publish_report(
         shown=shown,
     )
     with publish_directory(directory, kind=KIND) as staging:
-        for file, picture in plots.items():
-            (staging.path / file).write_bytes(picture)
-        (staging.path / "report.html").write_text(page, encoding="utf-8")
-        (staging.path / "result.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        write_manifest(staging.path, manifest)
+        write_report(staging.path, plots=plots, page=page, result=result, manifest=manifest, result_name="result.json")
         staging.parameters = spec.model_dump(mode="json")
         staging.results = result.metadata

@@ -11,17 +11,14 @@ from finetune.search.ablation.spec import AblationSpec, arms_of, dry_run
 from finetune.search.models import StepResult
 from finetune.search.spec import spec_of
 from lora_assets.assets.common import (
-    COMMON,
+    PROTOCOL,
     SETTINGS,
-    TRAINS_HERE,
     log_progress,
-    made_from,
     made_of,
     path,
     picture,
     table,
 )
-from lora_assets.kubernetes import gpu_step
 from resources.base_model import BaseModelSource
 from resources.retries import no_retry_if_permanent
 from resources.run_log import RunLog
@@ -44,13 +41,8 @@ class AblationConfig(dg.Config):
 
 
 @dg.asset(
-    **COMMON,
-    ins=made_from("merged_dataset", "dataset_profile"),
-    group_name="research",
+    **PROTOCOL,
     kinds={"pytorch"},
-    code_version="1",
-    pool="gpu" if TRAINS_HERE else None,
-    op_tags=gpu_step(SETTINGS) if TRAINS_HERE else None,
     description="What values of the plan are worth: each trained with several seeds and tested against the base "
     "configuration; started by hand.",
 )

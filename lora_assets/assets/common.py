@@ -2,6 +2,7 @@
 
 import base64
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict, get_args
 
@@ -13,6 +14,7 @@ from finetune.publishing import read_manifest
 from finetune.reproduction.manifest import read_experiment_manifest
 from finetune.reproduction.models import EXPERIMENT_MANIFEST
 from finetune.search.spec import TrainingSpec
+from lora_assets.kubernetes import gpu_step
 from lora_assets.partitions import dataset_dates
 from lora_assets.settings import load_settings
 from resources.retries import RETRY_POLICY
@@ -45,6 +47,26 @@ def key(name: str) -> dg.AssetKey:
 def made_from(*names: str) -> dict[str, dg.AssetIn]:
     """Inputs of an asset or check: parameters that are named like the pipeline's assets."""
     return {name: dg.AssetIn(key=key(name)) for name in names}
+
+
+class ProtocolArguments(AssetArguments):
+    """What the decorator of every research protocol takes besides."""
+
+    ins: dict[str, dg.AssetIn]
+    group_name: str
+    code_version: str
+    pool: str | None
+    op_tags: Mapping[str, Any] | None
+
+
+PROTOCOL = ProtocolArguments(
+    **COMMON,
+    ins=made_from("merged_dataset", "dataset_profile"),
+    group_name="research",
+    code_version="1",
+    pool="gpu" if TRAINS_HERE else None,
+    op_tags=gpu_step(SETTINGS) if TRAINS_HERE else None,
+)
 
 
 def refuse_base_model(spec: TrainingSpec) -> None:

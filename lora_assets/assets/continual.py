@@ -9,18 +9,15 @@ from finetune.dataset.models import DatasetProfile, PreparedDataset
 from finetune.search.continual.comparison import ContinualResult, ContinualSpec
 from finetune.search.spec import spec_of
 from lora_assets.assets.common import (
-    COMMON,
+    PROTOCOL,
     SETTINGS,
-    TRAINS_HERE,
     log_progress,
-    made_from,
     made_of,
     path,
     picture,
     refuse_base_model,
     table,
 )
-from lora_assets.kubernetes import gpu_step
 from resources.base_model import BaseModelSource
 from resources.retries import no_retry_if_permanent
 from resources.run_log import RunLog
@@ -42,13 +39,8 @@ class ContinualConfig(dg.PermissiveConfig):
 
 
 @dg.asset(
-    **COMMON,
-    ins=made_from("merged_dataset", "dataset_profile"),
-    group_name="research",
+    **PROTOCOL,
     kinds={"pytorch", "html"},
-    code_version="1",
-    pool="gpu" if TRAINS_HERE else None,
-    op_tags=gpu_step(SETTINGS) if TRAINS_HERE else None,
     description="Going on from the champion of an earlier date, with replay and without, beside training from scratch: "
     "losses on old and new data, and what was forgotten; started by hand. INIT_FROM=champion trains so.",
 )

@@ -10,11 +10,9 @@ from finetune.search.curriculum.spec import CurriculumSpec
 from finetune.search.models import StepResult
 from finetune.search.spec import spec_of
 from lora_assets.assets.common import (
-    COMMON,
+    PROTOCOL,
     SETTINGS,
-    TRAINS_HERE,
     log_progress,
-    made_from,
     made_of,
     path,
     picture,
@@ -22,7 +20,6 @@ from lora_assets.assets.common import (
     refuse_base_model,
     table,
 )
-from lora_assets.kubernetes import gpu_step
 from resources.base_model import BaseModelSource
 from resources.retries import no_retry_if_permanent
 from resources.run_log import RunLog
@@ -60,13 +57,8 @@ class CurriculumConfig(dg.PermissiveConfig):
 
 
 @dg.asset(
-    **COMMON,
-    ins=made_from("merged_dataset", "dataset_profile"),
-    group_name="research",
+    **PROTOCOL,
     kinds={"pytorch", "huggingface"},
-    code_version="1",
-    pool="gpu" if TRAINS_HERE else None,
-    op_tags=gpu_step(SETTINGS) if TRAINS_HERE else None,
     description="One adapter carried through named stages (by difficulty, exports or files), compared with the same "
     "data shuffled at as many steps; started by hand. It is published whatever the outcome, and never champion.",
 )

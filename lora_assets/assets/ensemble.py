@@ -8,18 +8,15 @@ from finetune.search.ensemble.result import EnsembleResult
 from finetune.search.ensemble.spec import EnsembleSpec
 from finetune.search.spec import spec_of
 from lora_assets.assets.common import (
-    COMMON,
+    PROTOCOL,
     SETTINGS,
-    TRAINS_HERE,
     log_progress,
-    made_from,
     made_of,
     path,
     picture,
     refuse_base_model,
     table,
 )
-from lora_assets.kubernetes import gpu_step
 from resources.base_model import BaseModelSource
 from resources.retries import no_retry_if_permanent
 from resources.run_log import RunLog
@@ -40,13 +37,8 @@ class EnsembleConfig(dg.PermissiveConfig):
 
 
 @dg.asset(
-    **COMMON,
-    ins=made_from("merged_dataset", "dataset_profile"),
-    group_name="research",
+    **PROTOCOL,
     kinds={"huggingface", "pytorch"},
-    code_version="1",
-    pool="gpu" if TRAINS_HERE else None,
-    op_tags=gpu_step(SETTINGS) if TRAINS_HERE else None,
     description="Diverse adapters combined into one by PEFT, and published if it is better than the best of them; "
     "started by hand. The report is there either way.",
 )

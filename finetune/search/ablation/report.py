@@ -11,13 +11,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune.planning.models import TrialConfig
 from finetune.publishing import find_published, publish_directory
-from finetune.reproduction.manifest import write_manifest
 from finetune.reproduction.models import ExperimentManifest
 from finetune.search.ablation.comparison import Difference, holm, mean_ci95, paired_difference
 from finetune.search.ablation.plots import pictures
 from finetune.search.ablation.spec import AblationSpec, Arm, Setting, shown, shown_value
 from finetune.search.models import StepResult
-from finetune.search.page import render_page
+from finetune.search.page import render_page, write_report
 
 if TYPE_CHECKING:
     from finetune.evaluation.losses import RecordLosses
@@ -216,11 +215,7 @@ def publish_ablation(directory: Path, result: AblationResult, manifest: Experime
         shown_p=shown_p,
     )
     with publish_directory(directory, kind=KIND) as staging:
-        for file, picture in plots.items():
-            (staging.path / file).write_bytes(picture)
-        (staging.path / "report.html").write_text(page, encoding="utf-8")
-        (staging.path / REPORT).write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        write_manifest(staging.path, manifest)
+        write_report(staging.path, plots=plots, page=page, result=result, manifest=manifest)
         staging.inputs = dict(zip(_INPUTS, (result.dataset_fingerprint, result.base_model_fingerprint), strict=True))
         staging.parameters = result.spec.model_dump(mode="json")
         staging.results = step_result(result, directory).metadata

@@ -9,10 +9,9 @@ from pydantic import ValidationError
 from finetune.canvas import BAD, GOOD, LINE, PLAIN, canvas, png
 from finetune.errors import ArtifactError
 from finetune.publishing import is_complete, publish_directory, read_manifest
-from finetune.reproduction.manifest import write_manifest
 from finetune.reproduction.models import ExperimentManifest
 from finetune.search.continual.comparison import PARTS, ContinualResult
-from finetune.search.page import render_page
+from finetune.search.page import render_page, write_report
 
 KIND = "continual"
 CAPTIONS = {
@@ -30,11 +29,7 @@ def publish_report(directory: Path, result: ContinualResult, manifest: Experimen
     plots = {"losses.png": losses_png(result), "changes.png": changes_png(result)}
     page = render_page("continual/report.html.jinja", plots=plots, captions=CAPTIONS, result=result, parts=PARTS)
     with publish_directory(directory, kind=KIND) as staging:
-        for file, picture in plots.items():
-            (staging.path / file).write_bytes(picture)
-        (staging.path / "report.html").write_text(page, encoding="utf-8")
-        (staging.path / "report.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        write_manifest(staging.path, manifest)
+        write_report(staging.path, plots=plots, page=page, result=result, manifest=manifest)
         staging.inputs = {"dataset": result.dataset_fingerprint, "base_model": result.base_fingerprint}
         staging.parameters = result.spec.model_dump(mode="json")
         staging.results = {"conclusion": result.conclusion}

@@ -15,13 +15,12 @@ from finetune.evaluation.figures import RESAMPLES
 from finetune.evaluation.losses import RecordLosses
 from finetune.evaluation.statistics import bootstrap_ci95
 from finetune.publishing import publish_directory
-from finetune.reproduction.manifest import write_manifest
 from finetune.reproduction.models import ExperimentManifest
 from finetune.search.curriculum.lessons import Lesson, Lessons
 from finetune.search.curriculum.spec import CurriculumSpec
 from finetune.search.curriculum.stage_files import FileCounts
 from finetune.search.models import StepResult
-from finetune.search.page import render_page
+from finetune.search.page import render_page, write_report
 
 KIND = "curriculum"
 CAPTIONS = {"held_out.png": "Held-out loss after each stage, and of the same data shuffled at as many steps"}
@@ -234,11 +233,7 @@ def publish_curriculum_report(directory: Path, report: CurriculumReport, manifes
     plots = {"held_out.png": held_out_png(report)}
     page = render_page("curriculum/report.html.jinja", plots=plots, captions=CAPTIONS, report=report)
     with publish_directory(directory, kind=KIND) as staging:
-        for file, picture in plots.items():
-            (staging.path / file).write_bytes(picture)
-        (staging.path / "report.html").write_text(page, encoding="utf-8")
-        (staging.path / "report.json").write_text(report.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        write_manifest(staging.path, manifest)
+        write_report(staging.path, plots=plots, page=page, result=report, manifest=manifest)
         staging.inputs = report_inputs(report)
         staging.results = {"verdict": report.verdict, "difference": report.difference}
 

@@ -12,11 +12,10 @@ from finetune.base_model.card import base_model_line, read_licence
 from finetune.base_model.models import BaseModelRef
 from finetune.errors import ArtifactError
 from finetune.publishing import is_complete, publish_directory, read_manifest
-from finetune.reproduction.manifest import write_manifest
 from finetune.reproduction.models import ExperimentManifest
 from finetune.search.ensemble.plots import losses_png, soup_png
 from finetune.search.ensemble.result import EnsembleResult
-from finetune.search.page import render_page
+from finetune.search.page import render_page, write_report
 from finetune.training.attempt import KIND as ADAPTER_KIND
 
 KIND = "ensemble"
@@ -37,11 +36,7 @@ def publish_report(directory: Path, result: EnsembleResult, manifest: Experiment
         plots["soup.png"] = soup_png(result)
     page = render_page("ensemble/report.html.jinja", plots=plots, captions=CAPTIONS, result=result)
     with publish_directory(directory, kind=KIND) as staging:
-        for file, picture in plots.items():
-            (staging.path / file).write_bytes(picture)
-        (staging.path / "report.html").write_text(page, encoding="utf-8")
-        (staging.path / "report.json").write_text(result.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        write_manifest(staging.path, manifest)
+        write_report(staging.path, plots=plots, page=page, result=result, manifest=manifest)
         staging.inputs = {"dataset": result.dataset_fingerprint, "base_model": result.base_fingerprint}
         staging.parameters = result.spec.model_dump(mode="json")
         staging.results = {"status": result.status, "reason": result.reason}
