@@ -46,6 +46,7 @@ from finetune.dataset.models import PreparedDataset
 from finetune.dataset.parameters import PrepareParameters
 from finetune.dataset.prepare import prepare_dataset
 from finetune.layout import DataLayout
+from finetune.planning import rules
 from finetune.planning.memory import estimate_memory
 from finetune.planning.model_config import read_model_shape
 
@@ -151,9 +152,19 @@ def layout(pool: Pool, contest: Contest) -> dict[str, list[Run]]:
     case = dataclasses.replace(contest.case, steps=contest.layout_steps)
     runs: dict[str, list[Run]] = {name: [] for name in LAYOUTS}
     for seed in range(contest.seeds):
-        for name, (contender, packing) in LAYOUTS.items():
-            runs[name].append(pool.run(contender, dataclasses.replace(case, packing=packing, seed=seed)))
+        for name, (contender, _) in LAYOUTS.items():
+            runs[name].append(pool.run(contender, dataclasses.replace(_laid_out(case, name), seed=seed)))
     return runs
+
+
+def _laid_out(case: Case, layout: str) -> Case:
+    """The case in one of the `LAYOUTS`; ours takes as many records of a step at a time as a plan would choose."""
+    contender, packing = LAYOUTS[layout]
+    if contender == "plain":
+        return case
+    batch = case.micro_batch * case.accumulation
+    micro_batch = rules.micro_batch(batch, case.max_length, "cuda" if case.precision == "bf16" else "cpu")
+    return dataclasses.replace(case, micro_batch=micro_batch, accumulation=batch // micro_batch, packing=packing)
 
 
 def compare_layouts(contest: Contest, runs: dict[str, list[Run]]) -> bool:
@@ -163,6 +174,7 @@ def compare_layouts(contest: Contest, runs: dict[str, list[Run]]) -> bool:
     plain = runs[DEFAULT]
     good = True
     for name, ours in runs.items():
+        laid_out = _laid_out(contest.case, name)
         speed = statistics.median(run.tokens_per_second for run in ours)
         ratio = speed / statistics.median(run.tokens_per_second for run in plain)
         cpu_ratio = statistics.median(a.tokens_per_cpu_second / b.tokens_per_cpu_second for a, b in _pairs(ours, plain))
@@ -177,7 +189,7 @@ def compare_layouts(contest: Contest, runs: dict[str, list[Run]]) -> bool:
             good &= p > CHANCE or abs(mean) <= SAME_LOSS * losses[0][1]
         good &= name == DEFAULT or ratio >= LAYOUT
         print(
-            f"| {contest.name} | {name} | {contest.case.micro_batch} x {contest.case.accumulation} | {len(ours)} "
+            f"| {contest.name} | {name} | {laid_out.micro_batch} x {laid_out.accumulation} | {len(ours)} "
             f"| {speed:,.0f} | {ratio:.2f} | {cpu_ratio:.2f} | {loss} | {difference} |",
             flush=True,
         )
@@ -224,7 +236,7 @@ def use_of_the_gpu(case: Case, contenders: dict[str, list[Run]]) -> None:
     for contender, runs in contenders.items():
         speed = statistics.median(run.tokens_per_second for run in runs)
         measured = max(run.peak_gb for run in runs)
-        trial = trial_of(dataclasses.replace(case, packing=LAYOUTS[contender][1]))
+        trial = trial_of(_laid_out(case, contender))
         planned = estimate_memory(shape, trial).vram_gb
         mfu = "-" if peak is None else f"{4 * (shape.parameters - looked_up) * speed / peak:.0%}"
         print(

@@ -23,6 +23,7 @@ from finetune.planning.memory import estimate_memory
 from finetune.planning.model_config import read_model_shape
 from finetune.planning.models import TrainingPlan, TrialConfig
 from finetune.training.data import TrainingData, read_training_data, training_order
+from finetune.training.micro_batches import micro_batches
 
 # The first steps also fill caches.
 SKIPPED_STEPS = 2
@@ -101,7 +102,7 @@ def ours(case: Case, scratch: Path) -> Run:
     )
     trial = trial_of(case)
     data = read_training_data(Path(case.records), RecordEncoder.load(Path(case.model)), case.max_length)
-    tokens = data.lengths[training_order(data.lengths, trial)].reshape(-1, trial.effective_batch).sum(axis=1)
+    tokens = data.lengths[training_order(len(data), trial)].reshape(-1, trial.effective_batch).sum(axis=1)
     train_loss = sum(point.loss for point in result.loss_curve) / len(result.loss_curve)
     return _run(case, begins, tokens.tolist(), train_loss, adapter)
 
@@ -118,7 +119,9 @@ def plain(case: Case, scratch: Path, our_batches: bool = False) -> Run:
     data = read_training_data(Path(case.records), RecordEncoder.load(Path(case.model)), case.max_length)
     rows = _rows(data)
     if our_batches:
-        rows = [rows[index] for index in training_order(data.lengths, trial_of(case))]
+        order = training_order(len(data), trial_of(case))
+        rows = [rows[index] for index in order]
+        sampler = micro_batches(data.lengths[order], case.micro_batch * case.accumulation, case.micro_batch)
     half = case.precision == "bf16"
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.bfloat16 if half else torch.float32),
@@ -132,7 +135,6 @@ def plain(case: Case, scratch: Path, our_batches: bool = False) -> Run:
             bf16=half,
             gradient_checkpointing=case.gradient_checkpointing,
             padding_free=case.packing and our_batches,
-            train_sampling_strategy="sequential" if our_batches else "random",
             # The rows are tokens already, cut to the maximal length.
             dataset_kwargs={"skip_prepare_dataset": True},
             max_length=None,
@@ -145,6 +147,8 @@ def plain(case: Case, scratch: Path, our_batches: bool = False) -> Run:
         peft_config=LoraConfig(r=_RANK, lora_alpha=_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[stamp],
     )
+    if our_batches:
+        trainer._get_train_sampler = lambda dataset: sampler
     collate, sizes = trainer.data_collator, list[int]()
 
     def counted(batch: list[dict[str, Any]]) -> Any:

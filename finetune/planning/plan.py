@@ -110,7 +110,7 @@ def _choose(shape: ModelShape, profile: DatasetProfile, task: Task, given: dict[
     settle("optimizer", *rules.optimizer(method, device))
     epochs = settle("epochs", *rules.epochs())
     length = settle("max_length", *rules.max_length(shape, profile))
-    settle("packing", False, "batches are grouped by length, so that little is padded")
+    settle("packing", False, "records of similar length are computed together, so that little is padded")
     _settle_batch(choices, profile.total_samples, epochs, length, device)
     settle("precision", *rules.precision(device))
     settle("gradient_checkpointing", False, "it costs a third more time; on where memory asks for it")

@@ -17,6 +17,7 @@ Device = Literal["cpu", "cuda"]
 _RANKS: dict[Task, int] = {"instruction": 16, "chat": 16, "style": 8, "domain": 32}
 # Tokens of one forward and backward pass that keep the device busy; more only takes memory.
 _PASS_TOKENS = {"cpu": 4096, "cuda": 16384}
+_PARTS = 4
 _TRUNCATED_SHARE = 0.005
 _FEWEST_STEPS = 250
 _LARGEST_BATCH, _SMALLEST_BATCH = 16, 8
@@ -157,12 +158,13 @@ def effective_batch(records: int, passes: float) -> tuple[int, str]:
 
 
 def micro_batch(batch: int, length: int, device: Device) -> int:
-    """As many records as fill a pass: 16,384 tokens on a GPU, 4,096 on a CPU, never more than a step has.
+    """As many records as fill a pass: 16,384 tokens on a GPU, 4,096 on a CPU, but a quarter of a step at most.
 
     Source: matrix products of some thousand rows already run at a device's full speed (NVIDIA, Matrix
-    Multiplication Background User's Guide, section 4).
+    Multiplication Background User's Guide, section 4). A step that is cut by length into four parts has little left to
+    pad (`finetune.training.micro_batches`).
     """
-    return min(batch, 1 << max(0, (_PASS_TOKENS[device] // length).bit_length() - 1))
+    return max(1, min(batch // _PARTS, 1 << max(0, (_PASS_TOKENS[device] // length).bit_length() - 1)))
 
 
 def precision(device: Device) -> tuple[Literal["bf16", "fp32"], str]:

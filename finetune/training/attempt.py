@@ -12,17 +12,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from finetune.adapter_files import adapter_hash, read_adapter_config
 from finetune.chat.encode import RecordEncoder
-from finetune.errors import ConfigurationError, StoppedError
+from finetune.errors import StoppedError
 from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import publish_directory
 from finetune.reproduction.provenance import describe_process
 from finetune.training.adapters import save_adapter
 from finetune.training.card import model_card
 from finetune.training.checkpoints import named_checkpoint, newest_complete, step_of
-from finetune.training.data import Ints, TrainingData, read_training_data, training_order
+from finetune.training.data import TrainingData, read_training_data, training_order
 from finetune.training.disk import any_full_disk_named
 from finetune.training.identity import CODE_VERSION
 from finetune.training.memory import peak_memory_gb, too_large_micro_batches
+from finetune.training.micro_batches import shared
 from finetune.training.models import LossPoint, TrainingRequest, TrainingResult
 from finetune.training.monitor import Monitor, stop_on_sigterm
 from finetune.training.ownership import StillMine, refuse_if_taken_over
@@ -79,7 +80,7 @@ def _attempt(
     state: dict[str, Any] = resumed[1] if resumed else {"seconds": 0.0, "points": []}
     points = [LossPoint.model_validate(point) for point in state["points"]]
     log_path = request.work_dir / LOG_NAME
-    order = _share_order(training_order(data.lengths, trial), micro_batch)
+    order = shared(training_order(len(data), trial), world_size())
     main = rank() == 0
     if main:
         _keep_log(log_path, points)
@@ -142,25 +143,6 @@ def _attempt(
         trainable_params=sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
     )
     return _publish(request, trainer.model, data, result, still_mine) if main else result
-
-
-def _share_order(order: Ints, micro_batch: int) -> Ints:
-    """The order, cut to what gives each of several processes as many micro-batches.
-
-    Raises:
-        ConfigurationError: there are fewer records than processes.
-    """
-    block = micro_batch * world_size()
-    if world_size() == 1 or len(order) % block == 0:
-        return order
-    order = order[: len(order) // block * block]
-    if not len(order):
-        raise ConfigurationError(
-            f"there are fewer records than the {world_size()} processes take at once",
-            where="TRAIN_PROCESSES",
-            remedy="Train so few records in one process",
-        )
-    return order
 
 
 def _publish(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from finetune.errors import TrainingError
@@ -14,18 +15,23 @@ if TYPE_CHECKING:
 _TOLERANCE = 0.05
 
 
-def refuse_wrong_labels(trainer: SFTTrainer, data: TrainingData, order: Ints) -> None:
+def refuse_wrong_labels(trainer: SFTTrainer, data: TrainingData, order: Ints, first: Sequence[int]) -> None:
     """See that the first micro-batch holds exactly our tokens and labels.
+
+    Args:
+        trainer: ready for its first step.
+        data: the records.
+        order: their indices in the order in which they are trained.
+        first: the micro-batch, by places in that order.
 
     Raises:
         TrainingError: it does not.
     """
-    size = min(trainer.args.per_device_train_batch_size, len(order))
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(size)])
+    batch = trainer.data_collator([trainer.train_dataset[place] for place in first])
     kept = batch["attention_mask"].bool() if "attention_mask" in batch else batch["input_ids"] >= 0
     seen = list(zip(batch["input_ids"][kept].tolist(), batch["labels"][kept].tolist(), strict=True))
     start = 0
-    for index in order[:size]:
+    for index in order[first]:
         record = slice(int(data.offsets[index]), int(data.offsets[index + 1]))
         ours = list(zip(data.input_ids[record].tolist(), data.labels[record].tolist(), strict=True))
         # Nothing comes before a first token, so nobody predicts it; batches without padding mask it.

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 _CHUNK = 2048
 _NAMED = 5
-# Micro-batches that are sorted by length together: many enough to pad little, few enough to stay random.
-_BUCKET = 8
 
 Ints = npt.NDArray[np.int64]
 
@@ -124,35 +122,12 @@ def _why_silent(record: EncodedRecord) -> str:
     return f"the answer begins at token {first + 1} of {len(record.input_ids)}" if first else "no answer"
 
 
-def training_order(lengths: Ints, trial: TrialConfig) -> Ints:
-    """The indices of all records that a training sees, micro-batch after micro-batch.
+def training_order(count: int, trial: TrialConfig) -> Ints:
+    """The indices of all records that a training on `count` of them sees, step after step.
 
-    Every epoch is a new permutation; what does not fill a step goes over to the next one. Without packing a micro-batch
-    holds records of similar length, so that little is padded, and the micro-batches of a step are of different lengths,
-    so that every step sees long and short records alike; packed records need no padding and stay in random order. The
-    order depends on nothing but the arguments: whoever resumes at a step knows what was trained before it, and which
-    records a step saw.
+    Every epoch is a new permutation; what does not fill a step goes over to the next one. The order depends on nothing
+    but the arguments: whoever resumes at a step knows what was trained before it, and which records a step saw.
     """
-    count, size = len(lengths), trial.effective_batch
     wanted = trial.records_seen(count)
-    parts: list[Ints] = []
-    rest = np.empty(0, np.int64)
-    for epoch in range(math.ceil(wanted / count)):
-        generator = np.random.default_rng([trial.seed, epoch])
-        pool = np.concatenate([rest, generator.permutation(count)])
-        full = len(pool) // size * size
-        parts.append(pool[:full] if trial.packing else _by_length(pool[:full], lengths, trial, generator))
-        rest = pool[full:]
-    return np.concatenate([*parts, rest])[:wanted]
-
-
-def _by_length(pool: Ints, lengths: Ints, trial: TrialConfig, generator: np.random.Generator) -> Ints:
-    """Whole steps, each with a micro-batch from every stratum of the lengths (as in stratified sampling)."""
-    steps = [np.empty((0, trial.effective_batch), np.int64)]
-    bucket_size = math.ceil(_BUCKET / trial.accumulation) * trial.effective_batch
-    for start in range(0, len(pool), bucket_size):
-        bucket = pool[start : start + bucket_size]
-        strata = bucket[np.argsort(-lengths[bucket], kind="stable")].reshape(trial.accumulation, -1, trial.micro_batch)
-        mixed = np.stack([generator.permutation(s) for s in strata], axis=1)
-        steps.append(mixed.reshape(len(mixed), -1))
-    return generator.permutation(np.concatenate(steps)).reshape(-1)
+    epochs = range(math.ceil(wanted / count))
+    return np.concatenate([np.random.default_rng([trial.seed, epoch]).permutation(count) for epoch in epochs])[:wanted]

@@ -7,7 +7,7 @@ from finetune.planning.models import TrialConfig
 from finetune.publishing import sha256_json
 
 # To be raised whenever the code comes to train another adapter from the same inputs.
-CODE_VERSION = 2
+CODE_VERSION = 3
 
 
 def training_run_id(

@@ -39,7 +39,7 @@ def dry_run(request: TrainingRequest) -> TrainingResult:
     refuse_contradictions(trial, shape)
     refuse_unfit_start(request)
     data = read_records(request)
-    order = training_order(data.lengths, trial)
+    order = training_order(len(data), trial)
     return TrainingResult(
         status="dry_run",
         run_id=request.run_id,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from finetune.planning.model_config import read_model_shape
 from finetune.training.adapters import load_base_model, peft_config, save_no_shards, save_pissa_start
 from finetune.training.batches import refuse_leaking_attention, refuse_wrong_labels
 from finetune.training.data import TrainingData
 from finetune.training.init_adapter import load_init_weights
+from finetune.training.micro_batches import micro_batches
 from finetune.training.models import TrainingRequest
 from finetune.training.monitor import Monitor, callback
 from finetune.training.ranks import rank, world_size
 
 if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch.utils.data import Sampler
     from trl import SFTConfig, SFTTrainer
 
 PISSA_START = "pissa_start"
@@ -45,7 +48,14 @@ def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor,
         save_no_shards(adapted)
     if trial.use_pissa and rank() == 0:
         save_pissa_start(adapted, request.work_dir / PISSA_START)
-    trainer = SFTTrainer(
+    lengths = data.lengths[monitor.order]
+    sampler = micro_batches(lengths, trial.effective_batch, micro_batch, rank=rank(), processes=world_size())
+
+    class Trainer(SFTTrainer):  # type: ignore[misc]  # TRL is untyped here
+        def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[Any]:
+            return sampler
+
+    trainer = Trainer(
         model=adapted,
         args=_arguments(request, micro_batch, monitor.checkpoints),
         train_dataset=data.as_dataset().select(monitor.order),
@@ -57,7 +67,7 @@ def make_trainer(request: TrainingRequest, data: TrainingData, monitor: Monitor,
         callbacks=[callback(monitor)],
     )
     trainer.remove_callback(PrinterCallback)
-    refuse_wrong_labels(trainer, data, monitor.order)
+    refuse_wrong_labels(trainer, data, monitor.order, next(iter(sampler)))
     if trial.packing:
         refuse_leaking_attention(trainer, data, monitor.order)
     return trainer
@@ -80,7 +90,6 @@ def _arguments(request: TrainingRequest, micro_batch: int, checkpoints: Path) ->
         ddp_find_unused_parameters=False,
         # The dataset is all epochs already, in the order in which they are trained.
         num_train_epochs=1,
-        train_sampling_strategy="sequential",
         dataset_kwargs={"skip_prepare_dataset": True},
         max_length=None,
         padding_free=trial.packing,

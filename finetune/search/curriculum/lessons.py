@@ -145,7 +145,7 @@ def lay_out(spec: CurriculumSpec, records: Records, stage_of: Ints, plan: Traini
         found = _planned(
             plan, records, rows, bench, {name: value for name, value in given.items() if value is not None}
         )
-        np.add.at(seen, rows[training_order(_cut(records, rows, plan), found.trial_config)], 1)
+        np.add.at(seen, rows[training_order(len(rows), found.trial_config)], 1)
         stages.append(Lesson(stage.name, rows, len(again), found, _span(records, own)))
     # Every record as often as in the stages; what all of it repeats are epochs, each in an order of its own.
     epochs = int(np.gcd.reduce(seen[seen > 0]))
@@ -157,7 +157,9 @@ def lay_out(spec: CurriculumSpec, records: Records, stage_of: Ints, plan: Traini
         stages=stages,
         shuffled=Lesson(COMPARISON, rows, 0, shuffled),
         left_out=int((stage_of == NO_STAGE).sum()),
-        measuring=_cost(round(_FORWARD_SHARE * int(_cut(records, slice(None), plan).sum())), plan, bench)
+        measuring=_cost(
+            round(_FORWARD_SHARE * int(np.minimum(records.lengths, plan.trial_config.max_length).sum())), plan, bench
+        )
         if unmeasured
         else None,
     )
@@ -175,19 +177,14 @@ def _span(records: Records, rows: Ints) -> tuple[float, float] | None:
     return float(records.difficulty[rows].min()), float(records.difficulty[rows].max())
 
 
-def _cut(records: Records, rows: Ints | slice, plan: TrainingPlan) -> Ints:
-    lengths: Ints = np.minimum(records.lengths[rows], plan.trial_config.max_length)
-    return lengths
-
-
 def _planned(
     plan: TrainingPlan, records: Records, rows: Ints, bench: Bench, changed: dict[str, float | int]
 ) -> TrainingPlan:
     """The plan of a training on some records."""
     trial = plan.trial_config.model_copy(update=changed)
     trial = trial.model_copy(update={"trial_id": trial_id_of(trial)})
-    lengths = _cut(records, rows, plan)
-    tokens = int(lengths[training_order(lengths, trial)].sum())
+    lengths = np.minimum(records.lengths[rows], trial.max_length)
+    tokens = int(lengths[training_order(len(rows), trial)].sum())
     return plan.model_copy(
         update={
             "trial_config": trial,

@@ -241,10 +241,10 @@ def test_the_shuffled_training_sees_each_record_as_often_as_the_stages_in_as_man
     laid: Laid, epochs: float
 ) -> None:
     stages = [{"name": "a", "epochs": 2 * epochs}, {"name": "b", "epochs": epochs, "replay": 0.5}]
-    records, lessons = laid(stages=stages)
+    _, lessons = laid(stages=stages)
     seen: Counter[int] = Counter()
     for lesson in lessons.stages:
-        order = training_order(records.lengths[lesson.rows], lesson.plan.trial_config)
+        order = training_order(len(lesson.rows), lesson.plan.trial_config)
         seen.update(lesson.rows[order].tolist())
     trial = lessons.shuffled.plan.trial_config
     assert trial.steps(len(lessons.shuffled.rows)) == sum(lesson.plan.estimated_steps for lesson in lessons.stages)

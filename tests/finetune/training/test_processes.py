@@ -70,11 +70,11 @@ steps = 0
 def strike(model, arguments, inputs):
     global steps
     steps += model.training
-    if steps == 4 and len(inputs["input_ids"]) > 2:
+    if steps == 4 and not os.path.exists(SEEN):
         weights = [p for p in model.layers.parameters() if not p.requires_grad]
         here = sum(p.to_local().numel() for p in weights) / sum(p.numel() for p in weights)
         with open(SEEN, "a") as file:
-            print(len(inputs["input_ids"]), here, file=file)
+            print(here, file=file)
         raise torch.OutOfMemoryError("no room")
 
 class SmallMemory(LlamaForCausalLM):
@@ -102,7 +102,7 @@ def test_two_processes_that_share_the_weights_and_run_out_of_memory_go_on_from_t
         request.model_copy(update={"processes": 2, "sharding": "fsdp", "base_model": base_model}),
         on_progress=events.append,
     )
-    assert seen.read_text() == "4 0.5\n", "otherwise memory did not run out, or the weights were whole"
+    assert seen.read_text() == "0.5\n", "otherwise memory did not run out, or the weights were whole"
     assert [event.done for event in events if event.stage.startswith("out of memory")] == [4]
     assert (together.micro_batch, together.out_of_memory, together.resumed_from_step) == (2, [4], 3)
     assert [point.loss for point in together.loss_curve] == pytest.approx(

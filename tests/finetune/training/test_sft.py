@@ -201,7 +201,7 @@ def test_packed_and_padded_batches_give_the_same_losses(make_request: MakeReques
 
 # The random Llama of `small_model`, in float32 on a CPU. The tolerance leaves room for other libraries of linear
 # algebra, and none for another learning rate, order of records or mask.
-GOLDEN = [5.8138, 5.8037, 5.6774, 5.5244, 5.3946, 5.3489, 5.2839, 5.2525, 5.2864]
+GOLDEN = [5.7993, 5.8132, 5.6865, 5.5219, 5.3957, 5.3375, 5.2925, 5.2904, 5.2401]
 TOLERANCE = 5e-3
 
 
