@@ -18,7 +18,7 @@ import orjson
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from finetune.dataset.diagnosis import check_depth, diagnose
-from finetune.dataset.normalization import content_key
+from finetune.dataset.normalization import Contents, content_key
 from finetune.dataset.reading import changed, opened, read_exactly
 from finetune.dataset.rules import RejectedError, Turn, checked_turns
 from finetune.dataset.screening import Screened, Screener, Screening
@@ -105,13 +105,13 @@ def scan_range(task: RangeTask) -> RangeScan:
     """
     found = _read_lines(task)
     scan = RangeScan(lines=len(found.lines))
-    records: list[bytes] = []
+    contents, places = Contents(), list[tuple[int, int]]()
     screener = Screener(task.screening) if task.screening else None
     limits, offset, last = task.limits, found.offset, len(found.lines) - 1
     for number, line in enumerate(found.lines):
         length = len(line)
         try:
-            content, prompt = content_key(_parse(line, number in found.suspects, limits))
+            turns = _parse(line, number in found.suspects, limits)
             start, kept = offset, length - 1 if line.endswith(b"\r") else length
         except ValueError:
             body = line.removeprefix(_BOM)
@@ -124,7 +124,7 @@ def scan_range(task: RangeTask) -> RangeScan:
                 length = found.cut
             try:
                 terminated = found.terminated or number < last
-                content, prompt = content_key(_examine(body, length, terminated, limits))
+                turns = _examine(body, length, terminated, limits)
             except RejectedError as error:
                 scan.reject(number, error, line, offset, length, shift=start - offset)
                 offset += length + 1
@@ -132,17 +132,23 @@ def scan_range(task: RangeTask) -> RangeScan:
         if screener is not None:
             body = line[start - offset :][:kept]
             try:
-                masked = screener.screen(body, line=number, offset=start, content=content)
+                masked = screener.screen(body, line=number, offset=start, content=content_key(turns)[0])
             except RejectedError as error:
                 # The line's head would show what nobody may see.
                 scan.reject(number, error, b"", offset, length)
                 offset += length + 1
                 continue
             if masked is not None:
-                content, prompt = content_key(checked_turns(masked))
-        records.append(RECORD.pack(xxh3_128_digest(content), xxh3_64_intdigest(prompt), start, kept))
+                turns = checked_turns(masked)
+        contents.add(turns)
+        places.append((start, kept))
         offset += length + 1
-    scan.records = b"".join(records)
+    scan.records = b"".join(
+        [
+            RECORD.pack(xxh3_128_digest(content), xxh3_64_intdigest(prompt), *place)
+            for (content, prompt), place in zip(contents.keys(), places, strict=True)
+        ]
+    )
     scan.screened = screener.result() if screener else None
     return scan
 

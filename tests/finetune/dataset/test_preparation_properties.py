@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import PreparedDataset
-from finetune.dataset.normalization import content_key, normalized
+from finetune.dataset.normalization import Contents, content_key, normalized
 from finetune.dataset.prepare import PrepareParameters, prepare_dataset
 from finetune.dataset.records import as_messages, prompt_text
 from finetune.dataset.rules import RejectedError, checked_turns
@@ -206,17 +206,34 @@ def fast_and_exact(line: bytes) -> tuple[list[tuple[str, str]] | None, list[tupl
     return fast, exact
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(st.text(alphabet="ab e\u0301\u2003 \t\n\r\x0b\x0c", max_size=20), min_size=1, max_size=4))
-def test_white_space_is_folded_in_each_text_and_dropped_at_its_ends(contents: list[str]) -> None:
-    folded = [b" ".join(unicodedata.normalize("NFC", content).encode().split()) for content in contents]
-    turns = [("assistant", contents[0]), *(("user", content) for content in contents)]
-    parts = [
-        part for (role, _), text in zip(turns, [folded[0], *folded], strict=True) for part in (role.encode(), text)
-    ]
+# Beside the six that are white space: characters that are not, though their numbers are next to these, or to NUL.
+folding = st.text(alphabet="ab e\u0301\u2003 \t\n\r\x0b\x0c\x01\x08\x0e\x1f!@\x7f\x85\xa0є", max_size=20)
 
-    assert list(map(normalized, contents)) == folded
-    assert content_key(turns) == (b"\0".join(parts), folded[0])
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.lists(st.tuples(st.sampled_from(["system", "assistant", "tool", "user", "text"]), folding))))
+def test_white_space_is_folded_in_each_text_and_dropped_at_its_ends(conversations: list[list[tuple[str, str]]]) -> None:
+    records = [[*conversation, ("user", "")] for conversation in conversations]
+    contents = Contents()
+    expected = []
+    for turns in records:
+        folded = [(role, b" ".join(unicodedata.normalize("NFC", content).encode().split())) for role, content in turns]
+        content = b"\0".join(part for role, text in folded for part in (role.encode(), text))
+        expected.append((content, next(text for role, text in folded if role in ("user", "text"))))
+        contents.add(turns)
+
+        assert [(role, normalized(content)) for role, content in turns] == folded
+
+    assert list(map(content_key, records)) == expected
+    assert list(contents.keys()) == expected
+
+
+def test_a_text_with_nul_is_refused_lest_it_be_taken_for_two() -> None:
+    contents = Contents()
+    contents.add([("user", "a\0b")])
+
+    with pytest.raises(ValueError, match="NUL"):
+        list(contents.keys())
 
 
 @settings(max_examples=300, deadline=None)
