@@ -9,9 +9,10 @@ with those that it is compared with; the libraries are imported before it is for
 1. Overhead: both train the very same batches; what differs is what ours does beside (a log line and TensorBoard's
    figures per step, the watch over divergence, checkpoints and SIGTERM). Each step counts with its fastest of all
    rounds. At most 2 %.
-2. Layout: ours, with batches of records of similar length and with packed ones in random order, beside TRL's default,
-   shuffled and padded; a seed a round. Trained tokens per second, padding apart, in the median at least 1.5 times; the
-   held-out loss must not differ beyond chance (Student's paired test over the seeds, p below 0.05) by more than 0.5 %.
+2. Layout: ours, every step cut by length into micro-batches, padded and packed, beside TRL's default, shuffled and
+   padded, eight at a time; a seed a round. Trained tokens per second, padding apart, in the median at least 1.5 times;
+   the held-out loss must not differ beyond chance (Student's paired test over the seeds, p below 0.05) by more than
+   0.5 %.
 3. Start: from the process's start to its first step, libraries, model, data and all.
 
 With a GPU (in bfloat16) the cases are instead a random Llama of the shape of Llama 3.1 8B on synthetic exports of
@@ -54,7 +55,7 @@ ROOT = Path(__file__).parents[2]
 OVERHEAD, LAYOUT, SAME_LOSS, CHANCE = 0.02, 1.5, 0.005, 0.05
 DEFAULT = "TRL's default, padded"
 # What is run, and whether it packs.
-LAYOUTS = {DEFAULT: ("plain", False), "ours, grouped by length": ("ours", False), "ours, packed": ("ours", True)}
+LAYOUTS = {DEFAULT: ("plain", False), "ours, cut by length": ("ours", False), "ours, packed": ("ours", True)}
 EIGHT_BILLION = "a random Llama, 8 billion, bf16"
 IMPORTED_BEFORE = [
     "benchmarks.training.contenders",
@@ -89,11 +90,11 @@ model.save_pretrained(sys.argv[2])
 
 @dataclass(frozen=True)
 class Contest:
-    """What is compared on one model: batch and steps of the first table, steps of the second one, and its seeds."""
+    """What is compared on one model: records a step and steps of the first table, steps and seeds of the second."""
 
     name: str
     case: Case
-    overhead_batch: tuple[int, int]
+    overhead_batch: int
     overhead_steps: int
     layout_steps: int
     seeds: int
@@ -118,14 +119,8 @@ class Pool:
 
 def overhead(pool: Pool, contest: Contest, rounds: int) -> bool:
     """Print a line of the first table; whether the bound holds."""
-    micro_batch, accumulation = contest.overhead_batch
-    case = dataclasses.replace(
-        contest.case,
-        steps=contest.overhead_steps,
-        held_out=None,
-        micro_batch=micro_batch,
-        accumulation=accumulation,
-    )
+    batch = dataclasses.replace(contest.case, micro_batch=contest.overhead_batch, accumulation=1)
+    case = dataclasses.replace(_as_planned(batch), steps=contest.overhead_steps, held_out=None)
     ours, plain = [], []
     for _ in range(rounds):
         plain.append(pool.run("plain in our batches", case))
@@ -134,7 +129,7 @@ def overhead(pool: Pool, contest: Contest, rounds: int) -> bool:
     plain_cpu, our_cpu = (_fastest([run.cpu_seconds for run in runs]) for runs in (plain, ours))
     ratio = our_step / plain_step - 1
     print(
-        f"| {contest.name} | {micro_batch} x {accumulation} | {len(ours[0].seconds)} "
+        f"| {contest.name} | {case.micro_batch} x {case.accumulation} | {len(ours[0].seconds)} "
         f"| {plain_step * 1e3:.1f} ms | {our_step * 1e3:.1f} ms | {ratio:+.1%} | {our_cpu / plain_cpu - 1:+.1%} "
         f"| {abs(ours[0].train_loss - plain[0].train_loss):.0e} |",
         flush=True,
@@ -158,13 +153,16 @@ def layout(pool: Pool, contest: Contest) -> dict[str, list[Run]]:
 
 
 def _laid_out(case: Case, layout: str) -> Case:
-    """The case in one of the `LAYOUTS`; ours takes as many records of a step at a time as a plan would choose."""
+    """The case in one of the `LAYOUTS`."""
     contender, packing = LAYOUTS[layout]
-    if contender == "plain":
-        return case
+    return case if contender == "plain" else dataclasses.replace(_as_planned(case), packing=packing)
+
+
+def _as_planned(case: Case) -> Case:
+    """The case with as many of a step's records at a time as a plan chooses by itself."""
     batch = case.micro_batch * case.accumulation
     micro_batch = rules.micro_batch(batch, case.max_length, "cuda" if case.precision == "bf16" else "cpu")
-    return dataclasses.replace(case, micro_batch=micro_batch, accumulation=batch // micro_batch, packing=packing)
+    return dataclasses.replace(case, micro_batch=micro_batch, accumulation=batch // micro_batch)
 
 
 def compare_layouts(contest: Contest, runs: dict[str, list[Run]]) -> bool:
@@ -261,12 +259,12 @@ def cpu_contests(root: Path, seeds: int) -> list[Contest]:
         steps=1,
     )
     return [
-        Contest("the embedded model, 2.5 million", case, (8, 2), overhead_steps=23, layout_steps=40, seeds=seeds),
+        Contest("the embedded model, 2.5 million", case, 16, overhead_steps=23, layout_steps=40, seeds=seeds),
         Contest(
             "a random Llama, 30 million",
             dataclasses.replace(case, model=str(larger)),
             # Short steps: the machine's own noise is as large as the bound, and only many rounds take it away.
-            overhead_batch=(4, 1),
+            overhead_batch=4,
             overhead_steps=15,
             # So many that a single long record does not decide.
             layout_steps=24,
@@ -292,7 +290,7 @@ def gpu_contests(root: Path) -> list[Contest]:
         gradient_checkpointing=True,
         steps=1,
     )
-    return [Contest(EIGHT_BILLION, case, (8, 2), overhead_steps=9, layout_steps=15, seeds=2)]
+    return [Contest(EIGHT_BILLION, case, 16, overhead_steps=9, layout_steps=15, seeds=2)]
 
 
 def prepared(exports: Path, root: Path, eval_fraction: float) -> PreparedDataset:
