@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,42 +27,32 @@ def copy_records(index: FileIndex, outputs: Sequence[tuple[npt.NDArray[np.bool_]
     starts = rows["offset"].astype(np.int64)
     ends = starts + rows["length"]
     masked = index.masked_lines()
-    altered = np.array(sorted(masked), np.int64)
+    altered = np.zeros(len(rows), np.bool_)
+    altered[list(masked)] = True
     row = position = base = 0
     buffer = b""
     for block in verified_blocks(index.file.path, index.fingerprint):
         buffer += block
         position += len(block)
         upto = int(np.searchsorted(ends, position, side="right"))
+        view = memoryview(buffer)
         for chosen, output in outputs:
             here = np.flatnonzero(chosen[row:upto]) + row
-            for part in _apart(here, altered):
-                if len(part) == 1 and int(part[0]) in masked:
-                    output.append(masked[int(part[0])] + b"\n")
-                    continue
-                for start, end in _runs(starts[part] - base, ends[part] - base):
-                    # Within JSON a carriage return can only be white space; many readers break lines there.
-                    output.append(buffer[start:end].replace(b"\r", b" "))
-                    output.append(b"\n")
+            if not len(here):
+                continue
+            # Neighbours with nothing but a line feed between them are one stretch of bytes.
+            apart = (ends[here[:-1]] + 1 != starts[here[1:]]) | altered[here[:-1]] | altered[here[1:]]
+            breaks = np.flatnonzero(apart)
+            first, last = here[np.append(0, breaks + 1)], here[np.append(breaks, len(here) - 1)]
+            places = zip((starts[first] - base).tolist(), (ends[last] - base).tolist(), strict=True)
+            stretches: list[bytes | memoryview] = [view[start:end] for start, end in places]
+            for number in np.flatnonzero(altered[first]).tolist():
+                stretches[number] = masked[int(first[number])]
+            # Within JSON a carriage return can only be white space; many readers break lines there.
+            output.append(b"\n".join([*stretches, b""]).replace(b"\r", b" "))
         row = upto
         unread = min(int(starts[row]), position) if row < len(starts) else position
         buffer, base = buffer[unread - base :], unread
-
-
-def _apart(rows: npt.NDArray[np.int64], single: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-    """Rows in pieces, so that each of `single` has one of its own."""
-    at = np.flatnonzero(np.isin(rows, single)) if len(single) else single
-    return np.split(rows, np.union1d(at, at + 1)) if len(at) else [rows]
-
-
-def _runs(starts: npt.NDArray[np.int64], ends: npt.NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Neighbours with nothing but a line feed between them become one stretch of bytes."""
-    if not len(starts):
-        return iter(())
-    breaks = np.flatnonzero(ends[:-1] + 1 != starts[1:])
-    first = starts[np.concatenate(([0], breaks + 1))]
-    last = ends[np.concatenate((breaks, [len(ends) - 1]))]
-    return zip(first.tolist(), last.tolist(), strict=True)
 
 
 def copy_entries(index: FileIndex, entries: Path, output: BinaryIO) -> None:
