@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 from collections import Counter
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from struct import Struct
 from typing import Any
@@ -84,7 +85,7 @@ class RangeScan:
 
 @dataclass(frozen=True)
 class _Lines:
-    """The lines of a range without their breaks; the last one may be cut, and `cut` is its true length.
+    """The lines of a range, each with a line feed; the last one may be cut, and `cut` is its true length.
 
     `suspects` are the numbers of those that a parser could take for good and we may not.
     """
@@ -109,12 +110,12 @@ def scan_range(task: RangeTask) -> RangeScan:
     screener = Screener(task.screening) if task.screening else None
     limits, offset, last = task.limits, found.offset, len(found.lines) - 1
     for number, line in enumerate(found.lines):
-        length = len(line)
+        length = len(line) - 1
         try:
             turns = _parse(line, number in found.suspects, limits)
-            start, kept = offset, length - 1 if line.endswith(b"\r") else length
+            start, kept = offset, length - 1 if line.endswith(b"\r\n") else length
         except ValueError:
-            body = line.removeprefix(_BOM)
+            body = line[:-1].removeprefix(_BOM)
             start, kept = offset + length - len(body), len(body.rstrip())
             if not kept and not (number == last and found.cut):
                 scan.blank += 1
@@ -126,7 +127,7 @@ def scan_range(task: RangeTask) -> RangeScan:
                 terminated = found.terminated or number < last
                 turns = _examine(body, length, terminated, limits)
             except RejectedError as error:
-                scan.reject(number, error, line, offset, length, shift=start - offset)
+                scan.reject(number, error, line[:-1], offset, length, shift=start - offset)
                 offset += length + 1
                 continue
         if screener is not None:
@@ -155,7 +156,7 @@ def scan_range(task: RangeTask) -> RangeScan:
 
 def _parse(line: bytes, suspect: bool, limits: Limits) -> list[Turn]:
     """The fast way: whatever fails here, for whatever reason, is examined anew."""
-    return checked_turns(loads(line, limits) if suspect else orjson.loads(line))
+    return checked_turns(loads(line[:-1], limits) if suspect else orjson.loads(line))
 
 
 def loads(line: bytes, limits: Limits) -> Any:
@@ -206,19 +207,16 @@ def _read_lines(task: RangeTask) -> _Lines:
         data = read_exactly(descriptor, task.end - task.start, task.start, task.path)
         if xxh3_64_intdigest(data) != task.block:
             raise changed(task.path)
-        offset = task.start
+        skipped = 0
         if task.start > 0 and read_exactly(descriptor, 1, task.start - 1, task.path) != b"\n":
-            skipped = data.find(b"\n") + 1
-            if not skipped:
-                return _Lines(offset)
-            offset, data = offset + skipped, data[skipped:]
-        if not data:
+            skipped = data.find(b"\n") + 1 or len(data)
+        offset, lines = task.start + skipped, memoryview(data)[skipped:]
+        if not lines:
             return _Lines(offset)
         if data.endswith(b"\n"):
-            lines = data[:-1].split(b"\n")
-            return _Lines(offset, lines, _suspects(data, lines, task.limits))
+            return _split(offset, bytes(lines), task.limits)
         # The last line runs on beyond the range: read its end, but keep no more of it than is allowed.
-        tail_start = offset + data.rfind(b"\n") + 1
+        tail_start = task.start + data.rfind(b"\n") + 1
         longest = task.limits.max_line_bytes
         rest = bytearray()
         position, terminated = task.end, False
@@ -231,10 +229,14 @@ def _read_lines(task: RangeTask) -> _Lines:
             if len(rest) <= longest:
                 rest += piece
         length = position - tail_start
-        data += rest
-        lines = data.split(b"\n")
         cut = length if length > longest else None
-        return _Lines(offset, lines, _suspects(data, lines, task.limits), terminated, cut)
+        return _split(offset, b"".join((lines, rest, b"\n")), task.limits, terminated, cut)
+
+
+def _split(offset: int, data: bytes, limits: Limits, terminated: bool = True, cut: int | None = None) -> _Lines:
+    # (This takes a quarter of the time of bytes.split.)
+    lines = BytesIO(data).readlines()
+    return _Lines(offset, lines, _suspects(data, lines, limits), terminated, cut)
 
 
 def _suspects(data: bytes, lines: list[bytes], limits: Limits) -> frozenset[int]:
@@ -244,13 +246,14 @@ def _suspects(data: bytes, lines: list[bytes], limits: Limits) -> frozenset[int]
     """
     characters = np.frombuffer(data, np.uint8)
     lengths = np.fromiter(map(len, lines), np.int64, len(lines))
-    ends = np.cumsum(lengths + 1)
+    ends = np.cumsum(lengths)
     # Brackets and braces differ in this one bit.
     opening = np.flatnonzero((characters | 0x20) == ord("{"))
     opened_before = np.searchsorted(opening, ends)
-    suspected = (lengths > limits.max_line_bytes) | (np.diff(opened_before, prepend=0) > limits.max_depth)
-    escapes = np.flatnonzero(characters[: 1 - len(_ESCAPED_NUL)] == _ESCAPED_NUL[0])
-    for place, character in enumerate(_ESCAPED_NUL[1:], 1):
+    suspected = (lengths - 1 > limits.max_line_bytes) | (np.diff(opened_before, prepend=0) > limits.max_depth)
+    # Few other escapes have a zero in this place.
+    escapes = np.flatnonzero((characters[:-5] == _ESCAPED_NUL[0]) & (characters[4:-1] == _ESCAPED_NUL[4]))
+    for place, character in enumerate(_ESCAPED_NUL):
         escapes = escapes[characters[escapes + place] == character]
     suspected[np.searchsorted(ends, escapes, side="right")] = True
     return frozenset(np.flatnonzero(suspected).tolist())
