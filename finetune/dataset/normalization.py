@@ -13,6 +13,7 @@ import numpy as np
 
 from finetune.dataset.rules import Turn
 
+_PROMPT_ROLES = (b"user", b"text")
 _SPACE = ord(" ")
 _NO_UTF8 = 0xFF
 
@@ -28,8 +29,9 @@ def content_key(turns: list[Turn]) -> tuple[bytes, bytes]:
     The content is role and text of all turns, whatever the record's format; NUL, which no record may
     hold, stands between them. The prompt is the first user turn, or all of a plain text.
     """
-    parts = [normalized(part) for turn in turns for part in turn]
-    return b"\0".join(parts), parts[_prompt(turns)]
+    folded = [(role.encode(), normalized(text)) for role, text in turns]
+    prompt = next(text for role, text in folded if role in _PROMPT_ROLES)
+    return b"\0".join([part for turn in folded for part in turn]), prompt
 
 
 class Contents:
@@ -39,14 +41,15 @@ class Contents:
     """
 
     def __init__(self) -> None:
-        self._contents: list[bytes] = []
-        # How many parts each content has, and which of them is the prompt.
-        self._parts: list[tuple[int, int]] = []
+        # Roles and texts of all records, and how many of them there were after each record.
+        self._parts: list[bytes] = []
+        self._counts: list[int] = []
 
     def add(self, turns: list[Turn]) -> None:
         """Take a record."""
-        self._contents.append(_composed("\0".join([part for turn in turns for part in turn])))
-        self._parts.append((2 * len(turns), _prompt(turns)))
+        for role, text in turns:
+            self._parts += (role.encode(), _composed(text))
+        self._counts.append(len(self._parts))
 
     def keys(self) -> Iterator[tuple[bytes, bytes]]:
         """The `content_key` of each record, in the order in which they were added.
@@ -54,22 +57,17 @@ class Contents:
         Raises:
             ValueError: a text holds NUL.
         """
-        folded, ends = _folded(bytearray(b"\0").join([*self._contents, b""]))
-        if len(ends) != sum([parts for parts, _ in self._parts]):
+        folded, ends = _folded(bytearray(b"\0").join([*self._parts, b""]))
+        if len(ends) != len(self._parts):
             raise ValueError("a text holds NUL")
         start = first = 0
-        for parts, prompt in self._parts:
-            end = ends[first + parts - 1]
-            yield folded[start:end], folded[ends[first + prompt - 1] + 1 : ends[first + prompt]]
-            start, first = end + 1, first + parts
-
-
-def _prompt(turns: list[Turn]) -> int:
-    """Which of the turns' parts is the prompt."""
-    for place, (role, _) in enumerate(turns):
-        if role in ("user", "text"):
-            return 2 * place + 1
-    raise ValueError("no turn is the user's")
+        for count in self._counts:
+            asked = first
+            while self._parts[asked] not in _PROMPT_ROLES:
+                asked += 2
+            end = ends[count - 1]
+            yield folded[start:end], folded[ends[asked] + 1 : ends[asked + 1]]
+            start, first = end + 1, count
 
 
 def _composed(text: str) -> bytes:

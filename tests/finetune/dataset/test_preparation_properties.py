@@ -23,7 +23,7 @@ from finetune.dataset.normalization import Contents, content_key, normalized
 from finetune.dataset.prepare import PrepareParameters, prepare_dataset
 from finetune.dataset.records import as_messages, prompt_text
 from finetune.dataset.rules import RejectedError, checked_turns
-from finetune.dataset.scan import Limits, _examine, _parse, _suspects
+from finetune.dataset.scan import Limits, _examine, _parse, _split
 from finetune.errors import DatasetError
 from finetune.layout import DataLayout
 
@@ -195,8 +195,7 @@ def reference(line: bytes) -> list[tuple[str, str]] | None:
 
 
 def suspects(lines: list[bytes]) -> frozenset[int]:
-    ended = [line + b"\n" for line in lines]
-    return _suspects(b"".join(ended), ended, LIMITS)
+    return _split(0, b"".join([line + b"\n" for line in lines]), LIMITS).suspects
 
 
 def fast_and_exact(line: bytes) -> tuple[list[tuple[str, str]] | None, list[tuple[str, str]] | None]:
