@@ -41,6 +41,8 @@ def micro_batches(lengths: Ints, effective_batch: int, micro_batch: int, *, rank
     """
     from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+    accumulation = effective_batch // (micro_batch * processes)
+    split = {"effective_batch_size": effective_batch, "dp_size": processes, "grad_accum": accumulation, "rank": rank}
     whole = len(lengths) // effective_batch * effective_batch
     last = range(whole, len(lengths))
     # The library would repeat records in a last step that has too few.
@@ -48,18 +50,16 @@ def micro_batches(lengths: Ints, effective_batch: int, micro_batch: int, *, rank
     rest = [list(last[number::count]) for number in range(rank, count, processes)]
 
     class Sampler(BatchRebalanceSampler):  # type: ignore[misc]  # transformers is untyped here
+        """Cuts a step when it is due: Python's lists of all records would take gigabytes."""
+
         def __iter__(self) -> Iterator[list[int]]:
-            yield from super().__iter__()
+            for start in range(0, whole, effective_batch):
+                step = lengths[start : start + effective_batch].tolist()
+                for batch in BatchRebalanceSampler(step, **split, shuffle=False):
+                    yield [start + place for place in batch]
             yield from rest
 
         def __len__(self) -> int:
-            return int(super().__len__()) + len(rest)
+            return whole // effective_batch * accumulation + len(rest)
 
-    return Sampler(
-        lengths=lengths[:whole].tolist(),
-        effective_batch_size=effective_batch,
-        dp_size=processes,
-        grad_accum=effective_batch // (micro_batch * processes),
-        rank=rank,
-        shuffle=False,
-    )
+    return Sampler([], **split)
