@@ -11,8 +11,9 @@ from unicodedata import normalize
 
 import numpy as np
 
-from finetune.dataset.rules import Turn
+from finetune.dataset.rules import CHAT_ROLES, Turn
 
+_ROLES = {role: role.encode() for role in (*CHAT_ROLES, "text")}
 _PROMPT_ROLES = (b"user", b"text")
 _SPACE = ord(" ")
 _NO_UTF8 = 0xFF
@@ -48,7 +49,7 @@ class Contents:
     def add(self, turns: list[Turn]) -> None:
         """Take a record."""
         for role, text in turns:
-            self._parts += (role.encode(), _composed(text))
+            self._parts += (_ROLES[role], _composed(text))
         self._counts.append(len(self._parts))
 
     def keys(self) -> Iterator[tuple[bytes, bytes]]:
