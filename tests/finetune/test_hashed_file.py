@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -46,3 +48,25 @@ def test_what_was_gathered_is_not_written_after_an_error_of_the_caller(tmp_path:
         raise RuntimeError
 
     assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_what_is_on_the_disk_is_not_kept_in_memory(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(PIECE))
+    if subprocess.run(["stat", "-f", "-c", "%T", path], capture_output=True, text=True).stdout.strip() == "tmpfs":
+        pytest.skip("a file on this disk is nowhere but in memory")
+
+    def in_memory() -> bool:
+        with path.open("rb", buffering=0) as stream:
+            try:
+                return os.preadv(stream.fileno(), [bytearray(1)], 0, os.RWF_NOWAIT) == 1
+            except BlockingIOError:
+                return False
+
+    assert in_memory()
+    with HashedFile(path) as file:
+        for _ in range(500):
+            file.append(bytes(PIECE))
+            if path.stat().st_size > 16 * PIECE and not in_memory():
+                return
+    pytest.fail("500 MB are in memory")
