@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
+import struct
 import tempfile
 import unicodedata
 from collections.abc import Iterator
@@ -12,18 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from finetune.dataset.discovery import discover_exports
+from finetune.dataset.discovery import ExportFile, discover_exports
+from finetune.dataset.index import FileIndex
 from finetune.dataset.models import PreparedDataset
 from finetune.dataset.normalization import Contents, content_key, normalized
 from finetune.dataset.prepare import PrepareParameters, prepare_dataset
+from finetune.dataset.reading import Fingerprint
 from finetune.dataset.records import as_messages, prompt_text
 from finetune.dataset.rules import RejectedError, checked_turns
-from finetune.dataset.scan import Limits, _examine, _parse, _split
+from finetune.dataset.scan import RECORD, Limits, _examine, _parse, _split
+from finetune.dataset.selection import first_occurrences
 from finetune.errors import DatasetError
 from finetune.layout import DataLayout
 
@@ -125,6 +131,34 @@ def test_no_prompt_stands_on_both_sides_and_no_content_twice(corpus: list[tuple[
         tuple((role, normalized(text)) for role, text in checked_turns(record)) for side in sides for record in side
     ]
     assert len(contents) == len(set(contents))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3), st.booleans())), min_size=1, max_size=3),
+    st.integers(1, 40),
+)
+def test_the_first_of_equal_hashes_wins_though_half_of_the_hash_is_shared(
+    corpus: list[list[tuple[int, int, bool]]], partition_records: int
+) -> None:
+    seen, expected = set(), []
+    for *content, passed_over in itertools.chain(*corpus):
+        expected.append(not passed_over and tuple(content) not in seen)
+        if not passed_over:
+            seen.add(tuple(content))
+    with tempfile.TemporaryDirectory(dir=MEMORY) as directory:
+        indexes = []
+        for number, records in enumerate(corpus):
+            path = Path(directory) / str(number)
+            path.mkdir()
+            (path / "records.bin").write_bytes(
+                b"".join(RECORD.pack(struct.pack("<QQ", *content), 0, 0, 0) for *content, _ in records)
+            )
+            file, fingerprint = ExportFile(Path(directory), str(number), "2026-06-01", 0, 0), Fingerprint(0, "", 1, ())
+            indexes.append(FileIndex(file, fingerprint, path, 0, 0, len(records), {}))
+        passed = np.array([passed_over for *_, passed_over in itertools.chain(*corpus)], np.bool_)
+
+        assert first_occurrences(indexes, passed, partition_records).tolist() == expected
 
 
 @FAST
