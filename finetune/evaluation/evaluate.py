@@ -14,7 +14,7 @@ from finetune.chat.encode import RecordEncoder
 from finetune.errors import ArtifactError
 from finetune.evaluation.adapters import check_adapter
 from finetune.evaluation.figures import answer_figures, change_ci95, group_figures, loss_figures
-from finetune.evaluation.heldout import read_heldout, sample_questions
+from finetune.evaluation.heldout import HeldOut, other_prompts, read_heldout, sample_questions
 from finetune.evaluation.losses import write_losses
 from finetune.evaluation.measure import Measured, measure
 from finetune.evaluation.models import ChampionComparison, ChampionRef, EvalReport
@@ -27,7 +27,7 @@ from finetune.publishing import is_complete, publish_directory, read_manifest, s
 
 _KIND = "evaluation"
 # Part of what decides whether a report can be used again: raise it when figures change their meaning.
-_METHOD = 2
+_METHOD = 3
 
 
 def evaluate_adapter(
@@ -45,7 +45,7 @@ def evaluate_adapter(
     sample_answers: int = 12,
     seed: int = 42,
 ) -> EvalReport:
-    """Compare an adapter with its base model, and with the reigning champion, on the same records.
+    """Compare an adapter with its base model, and with the reigning champion, each time on the same records.
 
     The model is loaded once: bare it is the base, then each adapter is put on and taken off. Losses are
     in nats per trained token, summed over all records, with training's own encoding. Publishes
@@ -58,7 +58,8 @@ def evaluate_adapter(
         dataset: held-out records, JSONL.
         output_dir: where the report is published.
         run_id: the training's id.
-        champion: the reigning champion; compared if it is another adapter of the same base model.
+        champion: the reigning champion; compared if it is another adapter of the same base model, on the records
+            that it cannot know.
         regressions: a directory of fixed prompts (`finetune.evaluation.regressions`) to put to the adapter.
         tasks: tasks of lm-eval to run on base and adapter.
         max_length: records are cut at so many tokens, as in training.
@@ -96,7 +97,7 @@ def evaluate_adapter(
     }
     known = _published(output_dir, inputs, parameters)
     # A candidate that has become champion is not compared again: against itself there is nothing to win.
-    if known is not None and (reigns_already or _compared_with(known) == _hash_of(champion)):
+    if known is not None and (reigns_already or _compared_with(known) == _fingerprint(champion)):
         return known
 
     started = time.monotonic()
@@ -125,7 +126,7 @@ def evaluate_adapter(
         dataset_sha256=str(inputs["dataset_sha256"]),
         adapter_path=adapter_path.absolute(),
         dataset=dataset.absolute(),
-        champion=_comparison(champion, measured, seed),
+        champion=_comparison(champion, held_out, measured, seed),
         **loss_figures(measured.base, measured.adapter, seed=seed),
         **answer_figures(questions, measured.base_answers, measured.answers),
         **group_figures(held_out, measured.base, measured.adapter),
@@ -142,16 +143,28 @@ def evaluate_adapter(
     return report
 
 
-def _comparison(champion: ChampionRef | None, measured: Measured, seed: int) -> ChampionComparison | None:
+def _comparison(
+    champion: ChampionRef | None, held_out: HeldOut, measured: Measured, seed: int
+) -> ChampionComparison | None:
     if champion is None or measured.champion is None:
         return None
-    return ChampionComparison(
+    compared = other_prompts(held_out, champion.learned)
+    comparison = ChampionComparison(
         version=champion.version,
         adapter_hash=champion.adapter_hash,
-        champion_loss=measured.champion.loss,
-        delta_vs_champion=measured.adapter.loss - measured.champion.loss,
-        delta_ci95=change_ci95(measured.champion, measured.adapter, seed=seed),
+        left_out=len(held_out.records) - len(compared),
+        unknown=champion.unknown,
+        fingerprint=champion.fingerprint,
     )
+    if not len(compared):
+        return comparison
+    theirs, ours = measured.champion.of(compared), measured.adapter.of(compared)
+    figures = {
+        "champion_loss": theirs.loss,
+        "delta_vs_champion": ours.loss - theirs.loss,
+        "delta_ci95": change_ci95(theirs, ours, seed=seed),
+    }
+    return comparison.model_copy(update=figures)
 
 
 def _write(directory: Path, report: EvalReport, measured: Measured, base_model: BaseModelRef, dataset: Path) -> None:
@@ -179,8 +192,8 @@ def _published(output_dir: Path, inputs: dict[str, Any], parameters: dict[str, A
 
 
 def _compared_with(report: EvalReport) -> str | None:
-    return None if report.champion is None else report.champion.adapter_hash
+    return None if report.champion is None else report.champion.fingerprint
 
 
-def _hash_of(champion: ChampionRef | None) -> str | None:
-    return None if champion is None else champion.adapter_hash
+def _fingerprint(champion: ChampionRef | None) -> str | None:
+    return None if champion is None else champion.fingerprint

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import orjson
+from numpy.typing import NDArray
 
 from finetune.chat.encode import EncodedRecord, RecordEncoder
-from finetune.dataset.records import as_messages
+from finetune.dataset.normalization import normalized
+from finetune.dataset.records import as_messages, prompt_text
 from finetune.errors import DatasetError
 from finetune.evaluation.scoring import cut, target_count
 
@@ -77,6 +79,16 @@ def read_heldout(dataset: Path, encoder: RecordEncoder, *, max_length: int) -> H
         lines=[numbers[index] for index in scored],
         truncated=truncated,
         skipped=len(records) - len(scored),
+    )
+
+
+def other_prompts(held_out: HeldOut, prompts: Collection[str]) -> NDArray[np.intp]:
+    """Indices of the records that ask none of the prompts, however white space and accents are written."""
+    asked = {normalized(prompt) for prompt in prompts}
+    if not asked:
+        return np.arange(len(held_out.records))
+    return np.array(
+        [i for i, record in enumerate(held_out.records) if normalized(prompt_text(record)) not in asked], int
     )
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from finetune.publishing import sha256_json
+
 
 class Answer(BaseModel):
     """One held-out prompt answered greedily by base and adapter."""
@@ -28,18 +30,52 @@ class ChampionRef(BaseModel):
     adapter_hash: str
     # of the base model that it was trained on
     base_fingerprint: str
+    # held-out prompts on which it, or a version that it went on from, was trained
+    learned: list[str] = []
+    # which of these versions may know others, since their datasets are gone
+    unknown: list[str] = []
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal where a comparison with it is the same comparison."""
+        return sha256_json([self.adapter_hash, self.learned, self.unknown])
 
 
 class ChampionComparison(BaseModel):
-    """The candidate against the reigning champion; `delta_vs_champion` is negative when the candidate is better."""
+    """The candidate against the reigning champion; `delta_vs_champion` is negative when the candidate is better.
+
+    Compared on the held-out records that the champion cannot know; where none is left, the figures are None.
+    """
 
     model_config = ConfigDict(frozen=True)
 
     version: str
     adapter_hash: str
-    champion_loss: float
-    delta_vs_champion: float
-    delta_ci95: tuple[float, float]
+    champion_loss: float | None = None
+    delta_vs_champion: float | None = None
+    delta_ci95: tuple[float, float] | None = None
+    # of the held-out records that were scored: those whose prompts the champion was trained on
+    left_out: int = 0
+    # versions of which nobody can tell whether they were
+    unknown: list[str] = []
+    # `ChampionRef.fingerprint` of what was compared with
+    fingerprint: str = ""
+
+    @property
+    def caveat(self) -> str:
+        """What was not compared and why, and what nobody can tell; empty where there is nothing to say."""
+        told = []
+        if self.left_out:
+            told.append(
+                f"left out of the comparison: {self.left_out} of the held-out records, on whose prompts {self.version} "
+                "or a version that it went on from, was trained when the split was another one (EVAL_FRACTION)"
+            )
+        if self.unknown:
+            told.append(
+                "nobody can tell whether other held-out prompts were trained on: the dataset of "
+                f"{', '.join(self.unknown)} is gone or damaged"
+            )
+        return "; ".join(told)
 
 
 class Group(BaseModel):

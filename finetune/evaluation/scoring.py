@@ -42,6 +42,10 @@ class Scores:
         """Share of tokens that greedy decoding would have chosen."""
         return float(self.correct.sum() / self.tokens.sum())
 
+    def of(self, records: NDArray[np.intp]) -> Scores:
+        """Those of some records, by their indices."""
+        return Scores(self.nats[records], self.tokens[records], self.correct[records])
+
 
 def cut(record: EncodedRecord, max_length: int) -> EncodedRecord:
     """The first `max_length` tokens, as training cuts them."""

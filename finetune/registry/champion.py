@@ -5,7 +5,8 @@ A candidate becomes champion if
 1. it beats its base model: the whole 95 % confidence interval of the change in loss lies below zero by at least
    the least gain, so that a difference that is real but of no use to anyone changes nothing;
 2. and it answers every regression prompt as expected;
-3. and it beats the reigning champion in the same way, on the same held-out records.
+3. and it beats the reigning champion in the same way, on the same held-out records: those whose prompts the champion
+   was not trained on, which may be fewer than all if more is held out now than was then.
 
 What cannot be compared is not promoted: an adapter on another base model than the champion's (their
 losses per token mean different things), a report made against an earlier champion, or one over a handful of
@@ -16,9 +17,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from finetune.dataset.models import PreparedDataset
 from finetune.errors import ArtifactError
 from finetune.evaluation.models import ChampionRef, EvalReport
+from finetune.layout import DataLayout
 from finetune.registry.history import read_events, reigns
+from finetune.registry.learned import datasets_behind, learned_prompts
 from finetune.registry.models import Decision, RegisteredVersion
 from finetune.registry.promotion import champion
 from finetune.registry.store import get_version
@@ -31,8 +35,35 @@ LEAST_RECORDS = 6
 def champion_ref(registry: Path) -> ChampionRef | None:
     """The reigning champion as an evaluation wants it, or None before the first promotion."""
     reigning = champion(registry)
+    return None if reigning is None else _ref(reigning)
+
+
+def rival_on(dataset: PreparedDataset, layout: DataLayout) -> ChampionRef | None:
+    """The reigning champion, to be compared on what the dataset holds out, and what of that it has learned.
+
+    Args:
+        dataset: the candidate's.
+        layout: where registry and datasets lie.
+
+    Raises:
+        ArtifactError: the history, the manifest of a version that the champion went on from, or one of the datasets'
+            was altered.
+        DatasetError: a line of a dataset is no record.
+    """
+    reigning = champion(layout.registry)
     if reigning is None:
         return None
+    learned: list[str] = []
+    unknown: list[str] = []
+    for version, known in datasets_behind(reigning, layout):
+        if known is None:
+            unknown.append(version.version)
+        else:
+            learned += learned_prompts(known, dataset)
+    return _ref(reigning).model_copy(update={"learned": learned, "unknown": unknown})
+
+
+def _ref(reigning: RegisteredVersion) -> ChampionRef:
     return ChampionRef(
         version=reigning.version,
         adapter_path=reigning.stored_path,
@@ -106,8 +137,18 @@ def decide(
             f"better than {on_base}; but it was not compared with the champion {against}, "
             "which was promoted after the evaluation: evaluate it again",
         )
-    on_champion = _comparison(f"the champion {against}", rival.champion_loss, report.eval_loss, rival.delta_ci95)
-    if not _is_gain(rival.delta_ci95, min_gain):
+    compared = report.records - rival.left_out
+    caveat = f"; {rival.caveat}" if rival.caveat else ""
+    theirs, change, interval = rival.champion_loss, rival.delta_vs_champion, rival.delta_ci95
+    if compared < LEAST_RECORDS or theirs is None or change is None or interval is None:
+        return decision(
+            False,
+            f"better than {on_base}; but only {compared} held-out records are left to compare it with the champion "
+            f"{against}, and it takes {LEAST_RECORDS} to show a difference: promote it by hand if it shall take its "
+            f"place{caveat}",
+        )
+    on_champion = _comparison(f"the champion {against}", theirs, theirs + change, interval) + caveat
+    if not _is_gain(interval, min_gain):
         return decision(False, f"not shown to be better{_by(min_gain)} than {on_champion}")
     return decision(True, f"better than {on_champion}")
 

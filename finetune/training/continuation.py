@@ -8,9 +8,8 @@ from finetune.adapter_files import adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
 from finetune.dataset.deletions import Deletions, named_lines
-from finetune.dataset.inspect import leaked_prompts
 from finetune.dataset.models import PreparedDataset
-from finetune.dataset.prepare import KIND, load_prepared
+from finetune.dataset.prepare import KIND
 from finetune.dataset.profile import analyze
 from finetune.dataset.replay import new_and_replayed
 from finetune.errors import ArtifactError, ConfigurationError
@@ -20,6 +19,7 @@ from finetune.planning.models import Continued, Method, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
 from finetune.publishing import read_manifest
 from finetune.registry.descent import ancestry
+from finetune.registry.learned import dataset_of, datasets_behind, learned_prompts
 from finetune.registry.models import RegisteredVersion
 from finetune.training.init_adapter import differences, plan_like
 from finetune.training.models import InitAdapter
@@ -75,7 +75,7 @@ def continued_plan(
         raise refuse("its weights were removed to free space")
     if version.base_fingerprint != base_model.fingerprint:
         raise refuse(f"it was trained on another base model than {base_model.name}")
-    known = _known_dataset(version, layout)
+    known = dataset_of(version, layout)
     if known is None:
         raise refuse("the dataset that it was trained on is not there, so that nobody can tell what is new")
     if deletions and (why := _must_be_forgotten(version, layout, deletions, id_field)):
@@ -129,7 +129,7 @@ def _must_be_forgotten(
 ) -> str | None:
     """Why the version may know what must not be learned, itself or by those that it went on from, or None."""
     for each in ancestry(layout.registry, version):
-        known = _known_dataset(each, layout)
+        known = dataset_of(each, layout)
         if known is None:
             return f"nobody can tell whether {each.version} learned what is on the deletion list: its dataset is gone"
         if any(named_lines(known.train_path, deletions, id_field)):
@@ -140,28 +140,12 @@ def _must_be_forgotten(
 def _would_leak(version: RegisteredVersion, layout: DataLayout, dataset: PreparedDataset) -> str | None:
     """Why the version may know what the dataset holds out or does not show, itself or by its ancestors, or None."""
     ours = read_manifest(dataset.path, kind=KIND).parameters
-    for each in ancestry(layout.registry, version):
-        try:
-            known = _known_dataset(each, layout)
-        except ArtifactError:
-            # Of an ancestor: the version's own was read before.
-            known = None
+    for each, known in datasets_behind(version, layout):
         if known is None:
             continue
         theirs = read_manifest(known.path, kind=KIND).parameters
         if ours.get("sensitive_data") in _HIDING and theirs.get("sensitive_data") not in _HIDING:
             return f"{each.version} was trained before sensitive data were looked for (SENSITIVE_DATA)"
-        # With the same salt, who held out as much held out the same and more.
-        held_out_less = theirs["eval_fraction"] < ours["eval_fraction"] or theirs["salt"] != ours["salt"]
-        if held_out_less and (leaked := leaked_prompts(known.train_path, dataset.eval_path)):
-            return f"{each.version} was trained on {len(leaked)} of the prompts that are held out now (EVAL_FRACTION)"
+        if learned := learned_prompts(known, dataset):
+            return f"{each.version} was trained on {len(learned)} of the prompts that are held out now (EVAL_FRACTION)"
     return None
-
-
-def _known_dataset(version: RegisteredVersion, layout: DataLayout) -> PreparedDataset | None:
-    """What the version was trained on, or None where its lineage does not say, or it is not there any more."""
-    date, fingerprint = version.lineage.get("date"), version.lineage.get("dataset_fingerprint")
-    if not isinstance(date, str) or not isinstance(fingerprint, str):
-        return None
-    path = layout.prepared(date, fingerprint)
-    return load_prepared(path) if path.is_dir() else None

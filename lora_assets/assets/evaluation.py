@@ -7,9 +7,9 @@ import dagster as dg
 from pydantic import Field
 
 from finetune.dataset.models import PreparedDataset
-from finetune.evaluation.models import EvalReport
+from finetune.evaluation.models import ChampionComparison, EvalReport
 from finetune.planning.models import Continued, TrainingPlan
-from finetune.registry.champion import champion_ref, decide
+from finetune.registry.champion import decide, rival_on
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.promotion import champion, promote, settle
 from finetune.registry.store import get_version, register_adapter
@@ -76,14 +76,13 @@ def eval_report(
         dataset=merged_dataset.eval_path,
         output_dir=store.layout.model(adapter.run_id, "evaluation"),
         run_id=adapter.run_id,
-        champion=champion_ref(store.layout.registry),
+        champion=rival_on(merged_dataset, store.layout),
         regressions=SETTINGS.regressions,
         tasks=EvalTasks(SETTINGS.tasks, SETTINGS.eval_tasks_dir),
         max_length=training_plan.trial_config.max_length,
         on_progress=log_progress(context),
     )
     low, high = report.delta_ci95
-    rival = report.champion
     return dg.MaterializeResult(
         value=report,
         metadata={
@@ -98,9 +97,7 @@ def eval_report(
             "base_token_accuracy": report.base_token_accuracy,
             **{name: value for name in OF_ANSWERS if (value := getattr(report, name)) is not None},
             "records": report.records,
-            "against_champion": f"{rival.version}: {rival.delta_vs_champion:+.4f}"
-            if rival
-            else "no champion to compare",
+            "against_champion": _against(report.champion),
             "regressions": f"{report.regressions - len(report.failed_regressions)} of {report.regressions} hold",
             "failed_regressions": table([case.model_dump() for case in report.failed_regressions]),
             "tasks": table([score.model_dump() for score in report.tasks]),
@@ -114,6 +111,14 @@ def eval_report(
             "reused": report.reused,
         },
     )
+
+
+def _against(rival: ChampionComparison | None) -> str:
+    if rival is None:
+        return "no champion to compare"
+    change = rival.delta_vs_champion
+    told = "no held-out record is left to compare them on" if change is None else f"{change:+.4f}"
+    return f"{rival.version}: {told}" + (f"; {rival.caveat}" if rival.caveat else "")
 
 
 class PromotionConfig(dg.Config):

@@ -1,5 +1,6 @@
-"""Who is exported, and what Ollama serves: the assets from the registry on, materialized."""
+"""Who is compared, who is exported, and what Ollama serves: the assets from the evaluation on, materialized."""
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +13,17 @@ from pydantic import BaseModel
 
 from finetune.adapter_files import WEIGHTS_NAME, adapter_hash
 from finetune.base_model.models import BaseModelRef
+from finetune.dataset.discovery import discover_exports
 from finetune.dataset.models import Counts, PreparedDataset
+from finetune.dataset.parameters import PrepareParameters
+from finetune.dataset.prepare import prepare_dataset
 from finetune.evaluation.models import EvalReport
 from finetune.export.models import GgufExport, GgufFile, GgufVerification
 from finetune.planning.models import MemoryEstimate, TrainingPlan, TrialConfig
+from finetune.progress import ignore_progress
 from finetune.registry.models import RegisteredVersion
 from finetune.registry.promotion import champion, promote
-from finetune.registry.store import get_version
+from finetune.registry.store import get_version, register_adapter
 from finetune.training.models import TrainingResult
 from lora_assets.assets import evaluation, export
 from lora_assets.assets.common import key
@@ -30,6 +35,16 @@ from tests.resources.ollama_server import FakeOllama
 
 DATE = "2026-06-01"
 BETTER, NO_BETTER = (-0.5, -0.4), (-0.0006, -0.0004)
+
+
+PLAN = TrainingPlan(
+    trial_config=TrialConfig(trial_id="t"),
+    search_space={},
+    memory_estimate=MemoryEstimate(vram_gb=0, fits=None, limit_gb=None, model_params=0, trainable_params=0, parts={}),
+    explanations=[],
+    estimated_steps=0,
+    estimated_tokens=None,
+)
 
 
 @pytest.fixture
@@ -47,23 +62,32 @@ def given(name: str, value: BaseModel) -> dg.AssetsDefinition:
     return asset
 
 
-def materialize(store: ArtifactStore, tiny_model: BaseModelRef, *assets: Any, **options: Any) -> dict[str, BaseModel]:
-    """Run the last asset on the others; the values that it emitted by name."""
+def run(store: ArtifactStore, tiny_model: BaseModelRef, *assets: Any, **options: Any) -> dg.ExecuteInProcessResult:
+    """Run the last asset on the others."""
     host = options.pop("host", None)
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(str(dataset_dates.name), [DATE])
-        result = dg.materialize(
+        return dg.materialize(
             list(assets),
             instance=instance,
             partition_key=DATE,
             resources={
                 "store": store,
                 "io_manager": ValueStore(directory=str(store.layout.asset_values)),
-                "base_model": BaseModelSource(name=str(tiny_model.path), cache_dir=str(store.layout.base_models)),
+                "base_model": base_of(store, tiny_model),
                 "ollama": OllamaServer(host=host, timeout=60),
             },
             **options,
         )
+
+
+def base_of(store: ArtifactStore, tiny_model: BaseModelRef) -> BaseModelSource:
+    return BaseModelSource(name=str(tiny_model.path), cache_dir=str(store.layout.base_models))
+
+
+def materialize(store: ArtifactStore, tiny_model: BaseModelRef, *assets: Any, **options: Any) -> dict[str, BaseModel]:
+    """Run the last asset on the others; the values that it emitted by name."""
+    result = run(store, tiny_model, *assets, **options)
     step = assets[-1].op.name
     made = [event.asset_key.path[-1] for event in result.get_asset_materialization_events() if event.step_key == step]
     return {name: result.output_for_node(step, name if len(assets) > 2 else "result") for name in made}
@@ -120,25 +144,88 @@ def register(
         rejects_by_reason={},
         rejects_by_file={},
     )
-    plan = TrainingPlan(
-        trial_config=TrialConfig(trial_id="t"),
-        search_space={},
-        memory_estimate=MemoryEstimate(
-            vram_gb=0, fits=None, limit_gb=None, model_params=0, trainable_params=0, parts={}
-        ),
-        explanations=[],
-        estimated_steps=0,
-        estimated_tokens=None,
-    )
     return materialize(
         store,
         tiny_model,
         given("adapter", trained),
         given("eval_report", report),
         given("merged_dataset", prepared),
-        given("training_plan", plan),
+        given("training_plan", PLAN),
         evaluation.registered_adapter,
         run_config={"ops": {"registered_adapter": {"config": config}}},
+    )
+
+
+def trained(store: ArtifactStore, tiny_model: BaseModelRef, seed: int) -> TrainingResult:
+    """An adapter with random weights."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    directory = store.layout.adapter(f"run{seed}")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model.path)
+    get_peft_model(model, LoraConfig(r=2, init_lora_weights=False)).save_pretrained(directory)
+    return TrainingResult(
+        status="completed",
+        run_id=f"run{seed}",
+        backend="hf-peft",
+        adapter_path=directory,
+        adapter_hash=adapter_hash(directory),
+        training_steps=1,
+        gpu_hours=0,
+        final_loss=1.0,
+    )
+
+
+def test_the_champion_is_not_compared_on_prompts_that_it_was_trained_on(
+    store: ArtifactStore, tiny_model: BaseModelRef
+) -> None:
+    """More is held out today than when the champion was trained."""
+    layout = store.layout
+    layout.exports.mkdir(parents=True)
+    rows = ({"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(40))
+    (layout.exports / f"brain_dataset_{DATE}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    files = discover_exports(layout.exports)
+    before, now = (
+        prepare_dataset(files, date=DATE, layout=layout, parameters=PrepareParameters(eval_fraction=fraction))
+        for fraction in (0.2, 0.5)
+    )
+    first, candidate = (trained(store, tiny_model, seed) for seed in (1, 2))
+    version = register_adapter(
+        layout.registry,
+        adapter_path=first.adapter_path,
+        adapter_hash=first.adapter_hash,
+        trial_id="t",
+        run_id=first.run_id,
+        metrics={},
+        tags={},
+        lineage={
+            "date": DATE,
+            "dataset_fingerprint": before.fingerprint,
+            "base_model_fingerprint": base_of(store, tiny_model).resolve(ignore_progress).fingerprint,
+        },
+    )
+    promote(layout.registry, version.version, reason="the first", by="test")
+    result = run(
+        store,
+        tiny_model,
+        given("adapter", candidate),
+        given("merged_dataset", now),
+        given("training_plan", PLAN),
+        evaluation.eval_report,
+    )
+    report = result.output_for_node(evaluation.eval_report.op.name)
+    assert isinstance(report, EvalReport)
+    assert report.champion is not None
+    known = set(before.train_path.read_bytes().splitlines())
+    assert report.records == now.counts.eval
+    assert report.champion.left_out == len(known & set(now.eval_path.read_bytes().splitlines())) > 0
+    (told,) = result.asset_materializations_for_node(evaluation.eval_report.op.name)
+    change = f"v1: {report.champion.delta_vs_champion:+.4f}"
+    assert told.metadata["against_champion"].value == f"{change}; {report.champion.caveat}"
+    assert report.champion.caveat.startswith(
+        f"left out of the comparison: {report.champion.left_out} of the held-out records"
     )
 
 

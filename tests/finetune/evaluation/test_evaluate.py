@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 from finetune.adapter_files import WEIGHTS_NAME, adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
+from finetune.dataset.records import prompt_text
 from finetune.errors import ArtifactError, BaseModelError, DatasetError
 from finetune.evaluation.adapters import attached, load_base
 from finetune.evaluation.evaluate import evaluate_adapter
@@ -115,6 +117,53 @@ def test_a_champion_of_another_kind_is_compared_on_the_same_records(
     assert low <= found.champion.delta_vs_champion <= high
     page = (found.path / "report.html").read_text(encoding="utf-8")
     assert "Reigning champion v1" in page
+
+
+def test_a_champion_is_compared_on_the_records_whose_prompts_it_has_not_learned(
+    make_adapter: MakeAdapter, random_base: BaseModelRef, random_adapter: Path, held_out_file: Path, tmp_path: Path
+) -> None:
+    other = make_adapter(random_base, tmp_path / "other", seed=5)
+    lines = held_out_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    asked = [prompt_text(json.loads(line)) for line in lines]
+    champion = ChampionRef(
+        version="v1",
+        adapter_path=other,
+        adapter_hash=adapter_hash(other),
+        base_fingerprint="random-0",
+        # As another dataset may have written them.
+        learned=[f" {unicodedata.normalize('NFD', prompt)}\n" for prompt in asked[::3]],
+        unknown=["v0"],
+    )
+    found = evaluate(random_base, random_adapter, held_out_file, tmp_path / "out", champion=champion)
+    rest = tmp_path / "rest.jsonl"
+    rest.write_text("".join(line for number, line in enumerate(lines) if number % 3), encoding="utf-8")
+    theirs, ours = (plain_loss(random_base, adapter, rest) for adapter in (other, random_adapter))
+    assert found.champion is not None
+    assert found.champion.left_out == 8
+    assert found.champion.champion_loss == pytest.approx(theirs, abs=1e-6)
+    assert found.champion.delta_vs_champion == pytest.approx(ours - theirs, abs=1e-6)
+    assert found.records == 24
+    assert found.eval_loss == pytest.approx(plain_loss(random_base, random_adapter, held_out_file), abs=1e-6)
+    page = (found.path / "report.html").read_text(encoding="utf-8")
+    assert "left out of the comparison: 8 of the held-out records, on whose prompts v1" in page
+    assert "nobody can tell whether other held-out prompts were trained on: the dataset of v0 is gone" in page
+
+    def again(**changes: Any) -> EvalReport:
+        rival = champion.model_copy(update=changes)
+        return evaluate(random_base, random_adapter, held_out_file, tmp_path / "out", champion=rival)
+
+    assert again().reused
+    # As many others are left out: another comparison.
+    swapped = again(learned=asked[1::3])
+    assert not swapped.reused
+    assert swapped.champion is not None
+    assert swapped.champion.left_out == 8
+    assert swapped.champion.delta_vs_champion != found.champion.delta_vs_champion
+    assert not again(learned=asked[1::3], unknown=[]).reused
+    nothing_left = again(learned=asked)
+    assert nothing_left.champion is not None
+    assert (nothing_left.champion.left_out, nothing_left.champion.delta_ci95) == (24, None)
+    assert "there is no record left to compare it on" in (found.path / "report.html").read_text(encoding="utf-8")
 
 
 def test_a_champion_on_another_base_model_is_not_compared(

@@ -38,13 +38,14 @@ def report(**changes: Any) -> EvalReport:
     return EvalReport(**(values | changes))
 
 
-def against(low: float, high: float, adapter_hash: str = "old") -> ChampionComparison:
+def against(low: float, high: float, adapter_hash: str = "old", **changes: Any) -> ChampionComparison:
     return ChampionComparison(
         version="v3",
         adapter_hash=adapter_hash,
         champion_loss=1.5,
         delta_vs_champion=(low + high) / 2,
         delta_ci95=(low, high),
+        **changes,
     )
 
 
@@ -90,6 +91,38 @@ def test_a_candidate_that_may_be_no_better_than_the_champion_stays_challenger() 
     decision = decide(report(champion=against(-0.6, 0.1)), reigning(), adapter_hash="candidate")
     assert not decision.champion
     assert "not shown to be better than the champion v3" in decision.reason
+
+
+def test_the_reason_says_how_many_records_the_champion_knew() -> None:
+    """And the loss that it names is that on the others."""
+    for rival, reigns in ((against(-0.7, -0.5, left_out=40), True), (against(-0.7, 0.1, left_out=40), False)):
+        decision = decide(report(champion=rival), reigning(), adapter_hash="candidate")
+        assert decision.champion is reigns
+        assert f"loss 1.5000 -> {1.5 + (rival.delta_vs_champion or 0):.4f}" in decision.reason
+        assert (
+            "; left out of the comparison: 40 of the held-out records, on whose prompts v3 or a version that"
+            in decision.reason
+        )
+
+
+@pytest.mark.parametrize(("left_out", "reigns"), [(94, True), (95, False), (100, False)])
+def test_a_champion_that_knew_all_but_a_handful_of_records_is_left_to_a_person(left_out: int, reigns: bool) -> None:
+    rival = against(-0.6, -0.4, left_out=left_out)
+    if left_out == 100:
+        rival = ChampionComparison(version="v3", adapter_hash="old", left_out=left_out)
+    decision = decide(report(champion=rival), reigning(), adapter_hash="candidate")
+    assert decision.champion is reigns
+    told = f"only {100 - left_out} held-out records are left to compare it with the champion v3, and it takes 6"
+    assert reigns or told in decision.reason
+    assert f"left out of the comparison: {left_out} of the held-out records" in decision.reason
+
+
+def test_what_nobody_can_tell_of_the_champion_changes_no_decision_but_is_told() -> None:
+    rival = against(-0.6, -0.4, unknown=["v3", "v1"])
+    decision = decide(report(champion=rival), reigning(), adapter_hash="candidate")
+    assert decision.champion
+    assert "nobody can tell" in decision.reason
+    assert "the dataset of v3, v1 is gone or damaged" in decision.reason
 
 
 def test_the_champion_itself_stays_champion_whatever_the_report_says() -> None:
