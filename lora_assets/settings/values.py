@@ -20,7 +20,7 @@ AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 class SettingsGroup(BaseModel):
     """Settings of one purpose; ``Settings`` is all of them."""
 
-    # Never made alone: building a validator for each group would double the time.
+    # No group is made alone: a validator for each would only cost time at every start.
     model_config = ConfigDict(defer_build=True)
 
 
