@@ -23,7 +23,11 @@ print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru
 CASES = {
     "local": ({}, "import dagster", "import lora_assets.definitions"),
     "kubernetes": (
-        {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "BASE_MODEL_NAME": "llama3-8b"},
+        {
+            "KUBERNETES_SERVICE_HOST": "10.0.0.1",
+            "BASE_MODEL_NAME": "llama3-8b",
+            "DATABASE_URL": "postgresql://bench@127.0.0.1/bench",
+        },
         "import dagster, dagster_k8s",
         "import lora_assets.definitions",
     ),
