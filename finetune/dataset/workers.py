@@ -12,20 +12,24 @@ import pickle
 import queue
 import subprocess
 import sys
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from itertools import cycle
 
 from finetune.dataset.scan import RangeScan, RangeTask, scan_range
 from finetune.errors import TransientError
 
-_IN_FLIGHT_PER_WORKER = 2
+# Ranges that a worker has before it, so that none waits for its parent to read the answer before.
+_AHEAD = 4
 _KEPT_BYTES = 31 << 20
 
 
 # Validates ranges and gives the results in the order of the tasks.
 Scanner = Callable[[Iterable[RangeTask]], Iterator[RangeScan]]
+_Process = subprocess.Popen[bytes]
 
 
 @contextmanager
@@ -40,34 +44,24 @@ def scanning(workers: int) -> Iterator[Scanner]:
         _keep_freed_memory()
         yield lambda tasks: map(scan_range, tasks)
         return
-    idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
     processes = [_start() for _ in range(workers)]
-    for process in processes:
-        idle.put(process)
-
-    def scan(task: RangeTask) -> RangeScan:
-        process = idle.get()
-        try:
-            return _ask(process, task)
-        finally:
-            idle.put(process)
-
-    def scan_all(tasks: Iterable[RangeTask]) -> Iterator[RangeScan]:
-        running: deque[Future[RangeScan]] = deque()
-        for task in tasks:
-            running.append(threads.submit(scan, task))
-            if len(running) > workers * _IN_FLIGHT_PER_WORKER:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-
-    threads = ThreadPoolExecutor(workers)
     try:
-        yield scan_all
+        yield partial(_scan_all, processes)
     finally:
-        threads.shutdown(cancel_futures=True)
         for process in processes:
             process.communicate()
+
+
+def _scan_all(processes: Sequence[_Process], tasks: Iterable[RangeTask]) -> Iterator[RangeScan]:
+    """Ranges are equally long: dealt out in turn, they keep all processes busy."""
+    running: deque[tuple[_Process, RangeTask]] = deque()
+    for process, task in zip(cycle(processes), tasks, strict=False):
+        if len(running) == len(processes) * _AHEAD:
+            yield _answer(*running.popleft())
+        _send(process, task)
+        running.append((process, task))
+    while running:
+        yield _answer(*running.popleft())
 
 
 def _start() -> subprocess.Popen[bytes]:
@@ -78,24 +72,36 @@ def _start() -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
-def _ask(process: subprocess.Popen[bytes], task: RangeTask) -> RangeScan:
-    if process.stdin is None or process.stdout is None:
+def _send(process: _Process, task: RangeTask) -> None:
+    if process.stdin is None:
         raise RuntimeError("the process was started without pipes")
     try:
         pickle.dump(task, process.stdin)
         process.stdin.flush()
+    except BrokenPipeError as error:
+        raise _ended_early(process, task) from error
+
+
+def _answer(process: _Process, task: RangeTask) -> RangeScan:
+    if process.stdout is None:
+        raise RuntimeError("the process was started without pipes")
+    try:
         answer = pickle.load(process.stdout)  # noqa: S301 - our own process wrote it
-    except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
-        raise TransientError(
-            f"a validating process ended early (exit status {process.poll()})",
-            where=task.path,
-            remedy="Run again; if it was killed for want of memory, use fewer workers",
-        ) from error
+    except (EOFError, pickle.UnpicklingError) as error:
+        raise _ended_early(process, task) from error
     if isinstance(answer, BaseException):
         raise answer
     if not isinstance(answer, RangeScan):
         raise TypeError(answer)
     return answer
+
+
+def _ended_early(process: _Process, task: RangeTask) -> TransientError:
+    return TransientError(
+        f"a validating process ended early (exit status {process.poll()})",
+        where=task.path,
+        remedy="Run again; if it was killed for want of memory, use fewer workers",
+    )
 
 
 def _keep_freed_memory() -> None:
@@ -109,15 +115,14 @@ def _keep_freed_memory() -> None:
 
 def serve() -> None:
     """The process's life: tasks from standard input, results to standard output, until the input ends."""
-    tasks, results = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    results = os.fdopen(os.dup(1), "wb")
     # Whatever a library may print must not fall between the results.
     os.dup2(2, 1)
     _keep_freed_memory()
-    while True:
-        try:
-            task = pickle.load(tasks)  # noqa: S301 - our parent wrote it
-        except EOFError:
-            return
+    tasks: queue.SimpleQueue[RangeTask | None] = queue.SimpleQueue()
+    # Taken in at once: a parent that waits to be read, by a process that waits to be read, would wait forever.
+    threading.Thread(target=_take_in, args=(tasks,), daemon=True).start()
+    while (task := tasks.get()) is not None:
         answer: RangeScan | Exception
         try:
             answer = scan_range(task)
@@ -125,3 +130,11 @@ def serve() -> None:
             answer = error
         pickle.dump(answer, results)
         results.flush()
+
+
+def _take_in(tasks: queue.SimpleQueue[RangeTask | None]) -> None:
+    stream = os.fdopen(os.dup(0), "rb")
+    with suppress(EOFError, pickle.UnpicklingError):
+        while True:
+            tasks.put(pickle.load(stream))  # noqa: S301 - our parent wrote it
+    tasks.put(None)
