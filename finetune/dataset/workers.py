@@ -64,7 +64,7 @@ def _scan_all(processes: Sequence[_Process], tasks: Iterable[RangeTask]) -> Iter
         yield _answer(*running.popleft())
 
 
-def _start() -> subprocess.Popen[bytes]:
+def _start() -> _Process:
     program = f"import sys; sys.path[:] = {sys.path!r}; from finetune.dataset.workers import serve; serve()"
     # Threads of numpy's BLAS, which nothing here asks for, would spin on the cores that other workers need.
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}

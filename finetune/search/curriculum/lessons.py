@@ -153,15 +153,12 @@ def lay_out(spec: CurriculumSpec, records: Records, stage_of: Ints, plan: Traini
     rows = np.repeat(np.arange(len(records)), seen // epochs)
     shuffled = _planned(plan, records, rows, bench, {"epochs": float(epochs), "max_steps": steps})
     unmeasured = spec.by == "base_loss" and records.difficulty is None
+    tokens = int(np.minimum(records.lengths, plan.trial_config.max_length).sum())
     return Lessons(
         stages=stages,
         shuffled=Lesson(COMPARISON, rows, 0, shuffled),
         left_out=int((stage_of == NO_STAGE).sum()),
-        measuring=_cost(
-            round(_FORWARD_SHARE * int(np.minimum(records.lengths, plan.trial_config.max_length).sum())), plan, bench
-        )
-        if unmeasured
-        else None,
+        measuring=_cost(round(_FORWARD_SHARE * tokens), plan, bench) if unmeasured else None,
     )
 
 
