@@ -127,7 +127,8 @@ def _settle_batch(choices: Choices, records: int, epochs: float, length: int, de
         micro = max(1, batch // choices.given["accumulation"])
     else:
         micro = rules.micro_batch(batch, length, device)
-    micro = choices.settle("micro_batch", micro, f"{reason}; {micro} at a time fill a pass of {length} tokens each")
+    at_a_time = f"at a time what fills a pass of {length} tokens each, at most a quarter"
+    micro = choices.settle("micro_batch", micro, f"{reason}; {at_a_time}")
     choices.settle("accumulation", max(1, batch // micro), f"towards an effective batch of {batch}, well under 32")
 
 
