@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import orjson
@@ -11,9 +11,9 @@ from xxhash import xxh3_128_digest
 
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
-from finetune.dataset.inspect import leaked_prompts
-from finetune.dataset.records import prompt_text
-from finetune.errors import ArtifactError
+from finetune.dataset.normalization import content_key, normalized
+from finetune.dataset.rules import checked_turns
+from finetune.errors import ArtifactError, DatasetError
 from finetune.evaluation.adapters import attached, load_base
 from finetune.evaluation.figures import RESAMPLES, change_ci95
 from finetune.evaluation.heldout import HeldOut, read_heldout
@@ -25,7 +25,7 @@ from finetune.publishing import find_published, publish_directory, sha256_file
 
 _KIND = "drift"
 # Part of what decides whether a report can be used again: raise it when figures change their meaning.
-_METHOD = 2
+_METHOD = 3
 
 
 class DriftReport(BaseModel):
@@ -54,6 +54,8 @@ class DriftReport(BaseModel):
     # loss - base_loss on what is new: negative while the adapter still helps
     delta_vs_base_loss: float | None = None
     delta_ci95: tuple[float, float] | None = None
+    # versions of which nobody can tell whether they were trained on what is new here
+    unknown: list[str] = []
     reused: bool = False
 
 
@@ -61,7 +63,6 @@ def measure_drift(
     *,
     base_model: BaseModelRef,
     champion: ChampionRef,
-    known_train: Path,
     known_eval: Path,
     arrived: Path,
     output_dir: Path,
@@ -71,15 +72,14 @@ def measure_drift(
 ) -> DriftReport:
     """Evaluate the champion on the held-out records that were not there when it was trained.
 
-    New is what stands in `arrived` and not in `known_eval`, and whose prompt was not trained on. The model is
-    loaded once. Publishes ``new.jsonl`` and ``report.json``; a complete `output_dir` made from the same inputs
-    is used again.
+    New is what stands in `arrived` and not in `known_eval`, and whose prompt was not trained on, however white space
+    and accents are written. The model is loaded once. Publishes ``new.jsonl`` and ``report.json``; a complete
+    `output_dir` made from the same inputs is used again.
 
     Args:
         base_model: the one that the champion was trained on.
-        champion: the reigning champion.
-        known_train: training records of its dataset, JSONL.
-        known_eval: held-out records of its dataset.
+        champion: the reigning champion, and which prompts of `arrived` it was trained on.
+        known_eval: held-out records of its dataset, JSONL.
         arrived: held-out records of everything that has arrived by now.
         output_dir: where the report is published.
         max_length: records are cut at so many tokens, as in training.
@@ -99,7 +99,7 @@ def measure_drift(
         )
     inputs = {
         "method": _METHOD,
-        "adapter_hash": champion.adapter_hash,
+        "champion": champion.fingerprint,
         "known": sha256_file(known_eval),
         "arrived": sha256_file(arrived),
         "max_length": max_length,
@@ -109,9 +109,14 @@ def measure_drift(
         return DriftReport.model_validate({**known.results, "path": output_dir, "reused": True})
     with publish_directory(output_dir, kind=_KIND) as staging:
         fresh = staging.path / "new.jsonl"
-        _write_new(known_train, known_eval, arrived, fresh)
+        _write_new(known_eval, arrived, champion.learned, fresh)
         report = DriftReport(
-            path=output_dir, version=champion.version, adapter_hash=champion.adapter_hash, known_records=0, records=0
+            path=output_dir,
+            version=champion.version,
+            adapter_hash=champion.adapter_hash,
+            known_records=0,
+            records=0,
+            unknown=champion.unknown,
         )
         if fresh.stat().st_size:
             encoder = RecordEncoder.load(base_model.path)
@@ -124,18 +129,31 @@ def measure_drift(
     return report
 
 
-def _write_new(known_train: Path, known_eval: Path, arrived: Path, target: Path) -> None:
-    """Write the lines of `arrived` that are new, then leave out those whose prompt was trained on."""
-    known = {xxh3_128_digest(line) for line in _lines(known_eval)}
-    target.write_bytes(b"".join(line + b"\n" for line in _lines(arrived) if xxh3_128_digest(line) not in known))
-    if trained := set(leaked_prompts(known_train, target)):
-        kept = [line for line in _lines(target) if prompt_text(orjson.loads(line)) not in trained]
-        target.write_bytes(b"".join(line + b"\n" for line in kept))
+def _write_new(known_eval: Path, arrived: Path, learned: Collection[str], target: Path) -> None:
+    """Write the records of `arrived` that stand not in `known_eval`, and whose prompts are none of the learned ones."""
+    known = {content for _, content, _ in _records(known_eval)}
+    trained = {normalized(prompt) for prompt in learned}
+    with target.open("wb") as stream:
+        for line, content, prompt in _records(arrived):
+            if content not in known and prompt not in trained:
+                stream.write(line + b"\n")
 
 
-def _lines(path: Path) -> Iterator[bytes]:
+def _records(path: Path) -> Iterator[tuple[bytes, bytes, bytes]]:
+    """Each record's line, its content's digest and its normalised prompt."""
     with path.open("rb") as stream:
-        yield from (stripped for line in stream if (stripped := line.strip()))
+        for number, line in enumerate(stream, start=1):
+            if not (stripped := line.strip()):
+                continue
+            try:
+                content, prompt = content_key(checked_turns(orjson.loads(stripped)))
+            except ValueError as error:
+                raise DatasetError(
+                    f"line {number} is no record: {error}",
+                    where=path,
+                    remedy="Give it the eval.jsonl of a prepared dataset",
+                ) from error
+            yield stripped, xxh3_128_digest(content), prompt
 
 
 def _figures(

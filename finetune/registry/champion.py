@@ -32,27 +32,33 @@ from finetune.registry.store import get_version
 LEAST_RECORDS = 6
 
 
-def champion_ref(registry: Path) -> ChampionRef | None:
-    """The reigning champion as an evaluation wants it, or None before the first promotion."""
-    reigning = champion(registry)
-    return None if reigning is None else _ref(reigning)
-
-
 def rival_on(dataset: PreparedDataset, layout: DataLayout) -> ChampionRef | None:
-    """The reigning champion, to be compared on what the dataset holds out, and what of that it has learned.
+    """The reigning champion, to be compared on what the dataset holds out, or None before the first promotion.
 
     Args:
         dataset: the candidate's.
         layout: where registry and datasets lie.
 
     Raises:
-        ArtifactError: the history, the manifest of a version that the champion went on from, or one of the datasets'
-            was altered.
+        ArtifactError: the history was altered, or what `as_rival` reads.
         DatasetError: a line of a dataset is no record.
     """
     reigning = champion(layout.registry)
-    if reigning is None:
-        return None
+    return None if reigning is None else as_rival(reigning, dataset, layout)
+
+
+def as_rival(reigning: RegisteredVersion, dataset: PreparedDataset, layout: DataLayout) -> ChampionRef:
+    """A champion, and what it has learned of that which the dataset holds out.
+
+    Args:
+        reigning: the champion.
+        dataset: what it is evaluated on.
+        layout: where registry and datasets lie.
+
+    Raises:
+        ArtifactError: the manifest of a version that it went on from, or one of the datasets' was altered.
+        DatasetError: a line of a dataset is no record.
+    """
     learned: list[str] = []
     unknown: list[str] = []
     for version, known in datasets_behind(reigning, layout):
@@ -60,15 +66,13 @@ def rival_on(dataset: PreparedDataset, layout: DataLayout) -> ChampionRef | None
             unknown.append(version.version)
         else:
             learned += learned_prompts(known, dataset)
-    return _ref(reigning).model_copy(update={"learned": learned, "unknown": unknown})
-
-
-def _ref(reigning: RegisteredVersion) -> ChampionRef:
     return ChampionRef(
         version=reigning.version,
         adapter_path=reigning.stored_path,
         adapter_hash=reigning.adapter_hash,
         base_fingerprint=reigning.base_fingerprint or "",
+        learned=learned,
+        unknown=unknown,
     )
 
 

@@ -6,7 +6,7 @@ from finetune.dataset.discovery import discover_exports
 from finetune.dataset.prepare import load_prepared, prepare_dataset
 from finetune.errors import ArtifactError, DatasetError
 from finetune.evaluation.drift import DriftReport, measure_drift
-from finetune.registry.champion import LEAST_RECORDS, champion_ref
+from finetune.registry.champion import LEAST_RECORDS, as_rival
 from finetune.registry.promotion import champion
 from lora_assets.assets.common import OWNERS, PREFIX, SETTINGS, key, log_progress, path
 from lora_assets.assets.evaluation import eval_report
@@ -35,8 +35,8 @@ def drift_report(
 ) -> dg.MaterializeResult[DriftReport]:
     """Evaluate the champion on held-out data that it never met."""
     report = log_progress(context)
-    reigning, rival = champion(store.layout.registry), champion_ref(store.layout.registry)
-    if reigning is None or rival is None:
+    reigning = champion(store.layout.registry)
+    if reigning is None:
         raise ArtifactError("no version reigns yet", where=store.layout.registry, remedy="Train a date first")
     files = discover_exports(SETTINGS.exports, SETTINGS.pattern)
     if not files:
@@ -55,8 +55,7 @@ def drift_report(
     )
     drift = measure_drift(
         base_model=base_model.resolve(report),
-        champion=rival,
-        known_train=known.train_path,
+        champion=as_rival(reigning, arrived, store.layout),
         known_eval=known.eval_path,
         arrived=arrived.eval_path,
         output_dir=store.layout.model(reigning.run_id, "drift"),
@@ -82,6 +81,7 @@ def champion_drift(drift_report: DriftReport) -> dg.AssetCheckResult:
     low, high = drift_report.drift_ci95
     few = min(drift_report.records, drift_report.known_records) < LEAST_RECORDS
     useless = drift_report.delta_ci95[0] > 0
+    unknown = ", ".join(drift_report.unknown)
     return dg.AssetCheckResult(
         passed=few or not (low > SETTINGS.drift_tolerance or useless),
         severity=dg.AssetCheckSeverity.ERROR if useless else dg.AssetCheckSeverity.WARN,
@@ -89,6 +89,7 @@ def champion_drift(drift_report: DriftReport) -> dg.AssetCheckResult:
         f"records against {drift_report.known_loss:.4f} on {drift_report.known_records} of its own dataset: "
         f"{drift_report.drift:+.4f}, 95 % between {low:+.4f} and {high:+.4f}, at most {SETTINGS.drift_tolerance:+g} "
         f"(DRIFT_TOLERANCE); against the base model on what is new {drift_report.delta_vs_base_loss:+.4f}"
-        + ("; too few to tell" if few else ""),
+        + ("; too few to tell" if few else "")
+        + (f"; of the new ones it may know some: the dataset of {unknown} is gone or damaged" if unknown else ""),
         metadata={"drift": drift_report.drift, "new_loss": drift_report.loss or 0.0, "records": drift_report.records},
     )

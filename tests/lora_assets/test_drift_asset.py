@@ -1,6 +1,7 @@
 """The champion's drift as asset and check, on real exports, a real registry and the embedded model."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from finetune.adapter_files import adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.base_model.resolve import resolve_base_model
 from finetune.dataset.discovery import discover_exports
+from finetune.dataset.models import PreparedDataset
+from finetune.dataset.parameters import PrepareParameters
 from finetune.dataset.prepare import prepare_dataset
 from finetune.evaluation.drift import DriftReport
 from finetune.registry.promotion import promote
@@ -54,14 +57,21 @@ def export(root: Path, date: str, *records: dict[str, str]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
-def crown(root: Path, base: BaseModelRef) -> None:
-    """Make an adapter that changes nothing champion of what lies there."""
+def crown(
+    root: Path, base: BaseModelRef, run: str = "run1", *, on: str = "2026-06-01", window: str = "all", **lineage: Any
+) -> PreparedDataset:
+    """Make an adapter that changes nothing champion of what lies there; returns its dataset."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     store = ArtifactStore(data_root=str(root), pipeline="brain")
-    prepared = prepare_dataset(discover_exports(store.layout.exports), date="2026-06-01", layout=store.layout)
-    path = store.layout.adapter("run1")
+    prepared = prepare_dataset(
+        discover_exports(store.layout.exports),
+        date=on,
+        layout=store.layout,
+        parameters=PrepareParameters(window=window),
+    )
+    path = store.layout.adapter(run)
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(base.path), config).save_pretrained(path)
     version = register_adapter(
@@ -69,19 +79,21 @@ def crown(root: Path, base: BaseModelRef) -> None:
         adapter_path=path,
         adapter_hash=adapter_hash(path),
         trial_id="t",
-        run_id="run1",
+        run_id=run,
         metrics={},
         tags={},
         lineage={
-            "date": "2026-06-01",
+            "date": on,
             "dataset_fingerprint": prepared.fingerprint,
             "plan": {"max_length": 128},
             "base_model_fingerprint": resolve_base_model(
                 str(base.path), cache_dir=store.layout.base_models
             ).fingerprint,
+            **lineage,
         },
     )
     promote(store.layout.registry, version.version, reason="test", by="test")
+    return prepared
 
 
 def check_of(result: dg.ExecuteInProcessResult) -> Any:
@@ -107,6 +119,33 @@ def test_new_data_that_the_champion_does_not_know_raises_the_check(
     assert "v1: loss" in told.description
     assert "95 % between" in told.description
     assert "at most +0.1 (DRIFT_TOLERANCE)" in told.description
+
+
+def test_what_a_version_learned_from_which_the_champion_went_on_is_not_new(
+    evaluate: Evaluate, tmp_path: Path, tiny_model: BaseModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for day in ("2026-06-01", "2026-06-02"):
+        export(tmp_path, day, *({"prompt": f"Colour {n} of {day}?", "completion": f"It is {n}."} for n in range(40)))
+    ancestor = crown(tmp_path, tiny_model)
+    crown(tmp_path, tiny_model, "run2", on="2026-06-02", window="date", continued={"version": "v1"})
+    # More is held out now: some of what both were trained on.
+    monkeypatch.setenv("EVAL_FRACTION", "0.5")
+    monkeypatch.setattr(drift, "SETTINGS", load_settings())
+
+    def measured() -> tuple[DriftReport, set[str]]:
+        result = evaluate()
+        report = result.output_for_node("brain__drift_report")
+        return report, {json.loads(line)["prompt"] for line in (report.path / "new.jsonl").read_text().splitlines()}
+
+    learned = {json.loads(line)["prompt"] for line in ancestor.train_path.read_text().splitlines()}
+    report, new = measured()
+    assert (report.version, report.unknown) == ("v2", [])
+    assert not new & learned
+    shutil.rmtree(ancestor.path)
+    report, new = measured()
+    assert report.unknown == ["v1"]
+    assert new & learned, "which the champion's own dataset does not hold"
+    assert "the dataset of v1 is gone or damaged" in (check_of(evaluate()).description or "")
 
 
 def test_without_a_champion_the_reason_is_told_and_nothing_is_tried_again(evaluate: Evaluate) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from finetune.base_model.models import BaseModelRef
-from finetune.errors import ArtifactError
+from finetune.errors import ArtifactError, DatasetError
 from finetune.evaluation.drift import DriftReport, measure_drift
 from finetune.evaluation.models import ChampionRef
 from finetune.evaluation.statistics import shift_ci95
@@ -26,7 +26,9 @@ def write(path: Path, *records: dict[str, str]) -> Path:
 
 KNOWN = [record(f"Known question {n}?", f"The known answer is {n}.") for n in range(8)]
 NEW = [record(f"New question {n}?", "zxq " * (n + 3)) for n in range(8)]
-TRAINED = record("Trained question?", "Once.")
+TRAINED = "Trained caf\u00e9 question?"
+# The same prompt, in other white space and with its accent apart.
+TRAINED_AGAIN = [record(f" Trained   {cafe} question? ", cafe) for cafe in ("caf\u00e9", "cafe\u0301")]
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +39,19 @@ def champion(tiny_model: BaseModelRef, tmp_path_factory: pytest.TempPathFactory)
     path = tmp_path_factory.mktemp("champion")
     config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_model.path), config).save_pretrained(path)
-    return ChampionRef(version="v1", adapter_path=path, adapter_hash="a", base_fingerprint=tiny_model.fingerprint)
+    return ChampionRef(
+        version="v1",
+        adapter_path=path,
+        adapter_hash="a",
+        base_fingerprint=tiny_model.fingerprint,
+        learned=[TRAINED],
+    )
 
 
 def drift(tmp_path: Path, base: BaseModelRef, champion: ChampionRef, *arrived: dict[str, str]) -> DriftReport:
     return measure_drift(
         base_model=base,
         champion=champion,
-        known_train=write(tmp_path / "train.jsonl", TRAINED),
         known_eval=write(tmp_path / "eval.jsonl", *KNOWN),
         arrived=write(tmp_path / "arrived.jsonl", *arrived),
         output_dir=tmp_path / "drift",
@@ -55,8 +62,9 @@ def drift(tmp_path: Path, base: BaseModelRef, champion: ChampionRef, *arrived: d
 def test_what_arrived_since_is_measured_against_what_was_known(
     tmp_path: Path, tiny_model: BaseModelRef, champion: ChampionRef
 ) -> None:
-    again = record(" Trained   question? ", "Twice.")
-    report = drift(tmp_path, tiny_model, champion, *KNOWN, *NEW, again)
+    known_again = {field: f" {text.replace(' ', '  ')} " for field, text in KNOWN[0].items()}
+    arrived = [known_again, *KNOWN[1:], *NEW, *TRAINED_AGAIN]
+    report = drift(tmp_path, tiny_model, champion, *arrived)
     new = [json.loads(line) for line in (report.path / "new.jsonl").read_text().splitlines()]
     assert new == NEW, "neither what was known nor what was trained on"
     assert (report.records, report.known_records) == (8, 8)
@@ -70,9 +78,12 @@ def test_what_arrived_since_is_measured_against_what_was_known(
     assert report.delta_vs_base_loss == pytest.approx(0, abs=1e-6)
     assert report.base_drift == pytest.approx(report.drift, abs=1e-6)
     assert read_manifest(report.path, kind="drift", verify="hashes")
-    assert drift(tmp_path, tiny_model, champion, *KNOWN, *NEW, again) == report.model_copy(update={"reused": True})
+    assert drift(tmp_path, tiny_model, champion, *arrived) == report.model_copy(update={"reused": True})
     fewer = drift(tmp_path, tiny_model, champion, *KNOWN, *NEW[:7])
     assert (fewer.records, fewer.reused) == (7, False)
+    wiser = champion.model_copy(update={"learned": [NEW[0]["instruction"]], "unknown": ["v0"]})
+    fewer = drift(tmp_path, tiny_model, wiser, *KNOWN, *NEW[:7])
+    assert (fewer.records, fewer.reused, fewer.unknown) == (6, False, ["v0"])
 
 
 def test_where_nothing_arrived_there_is_nothing_to_measure(
@@ -80,6 +91,12 @@ def test_where_nothing_arrived_there_is_nothing_to_measure(
 ) -> None:
     report = drift(tmp_path, tiny_model, champion, *KNOWN)
     assert (report.records, report.drift) == (0, None)
+
+
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, tiny_model: BaseModelRef, champion: ChampionRef) -> None:
+    with pytest.raises(DatasetError, match="line 2 is no record: missing_field"):
+        drift(tmp_path, tiny_model, champion, NEW[0], {"question": "without an answer"})
+    assert not (tmp_path / "drift").exists()
 
 
 def test_a_champion_of_another_base_model_is_refused(
