@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 
 from finetune.errors import ConfigurationError, DatasetError, RemoteError, full_disk_named
 from finetune.progress import Progress, ProgressEvent, ignore_progress
-from finetune.publishing import sha256_file, temporary_sibling
+from finetune.publishing import remove_abandoned, sha256_file, temporary_sibling
 
 if TYPE_CHECKING:
     from sqlalchemy import URL, Connection, Select
@@ -93,6 +94,7 @@ def export_samples(
         )
     temporary = temporary_sibling(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, glob.escape(path.name))
     rows, digest = 0, hashlib.sha256()
     with full_disk_named(path):
         try:
@@ -202,7 +204,15 @@ def _query(connection: Connection, table: SamplesTable, since: datetime, until: 
 
 def _line(row: Mapping[Any, Any]) -> bytes:
     record = {field: value for field, value in row.items() if value is not None}
-    return json.dumps(record, ensure_ascii=False, separators=(",", ":"), default=_plain).encode() + b"\n"
+    try:
+        return _json(record, ensure_ascii=False)
+    except UnicodeEncodeError:
+        # A JSON column may hold half a surrogate pair; preparation will reject it and say where, as in any export.
+        return _json(record, ensure_ascii=True)
+
+
+def _json(record: Mapping[str, Any], *, ensure_ascii: bool) -> bytes:
+    return json.dumps(record, ensure_ascii=ensure_ascii, separators=(",", ":"), default=_plain).encode() + b"\n"
 
 
 def _plain(value: object) -> object:

@@ -21,7 +21,7 @@ from xxhash import xxh3_128_digest
 from finetune.dataset.discovery import ExportFile
 from finetune.dataset.normalization import content_key
 from finetune.dataset.rules import RejectedError, checked_turns
-from finetune.dataset.screening import hash_of_id, value_at
+from finetune.dataset.screening import hash_of_id, id_of
 from finetune.dataset.sources import read_rows
 from finetune.errors import ArtifactError, ConfigurationError
 from finetune.layout import DataLayout
@@ -48,14 +48,14 @@ class Deletions:
         """The same for the same entries, in whatever order they stand."""
         return sha256_json([sorted(self.ids), sorted(content.hex() for content in self.contents)])[:16]
 
-    def has_id(self, record: Any, id_field: str) -> bool:
-        """Whether the record's id is on the list."""
-        value = value_at(record, id_field)
+    def has_id(self, record: Any, id_field: str, line: bytes) -> bool:
+        """Whether the id of the record, which was parsed from `line`, is on the list."""
+        value = id_of(record, id_field, line)
         return (str(value) if type(value) is int else value) in self.ids if type(value) in (int, str) else False
 
-    def name(self, record: Mapping[str, Any], id_field: str) -> bool:
-        """Whether the record is on the list, by its id or its content."""
-        return self.has_id(record, id_field) or (bool(self.contents) and _digest(record) in self.contents)
+    def name(self, record: Mapping[str, Any], id_field: str, line: bytes) -> bool:
+        """Whether the record, which was parsed from `line`, is on the list, by its id or its content."""
+        return self.has_id(record, id_field, line) or (bool(self.contents) and _digest(record) in self.contents)
 
 
 class Deletable(BaseModel):
@@ -86,7 +86,8 @@ def read_deletions(path: Path) -> Deletions:
         ConfigurationError: there is no such file, it cannot be read, or an entry is malformed.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        # (str.splitlines would part an id at characters that are no line breaks in a file.)
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"the deletion list cannot be read: {error}",
@@ -120,7 +121,7 @@ def with_contents(deletions: Deletions, files: Iterable[ExportFile], id_field: s
     if deletions.ids:
         for file in files:
             for row in read_rows(file.path, "jsonl"):
-                if deletions.has_id(row.value, id_field):
+                if deletions.has_id(row.value, id_field, row.line):
                     # What is no record was never learned.
                     with contextlib.suppress(RejectedError):
                         contents.add(_digest(row.value))
@@ -182,7 +183,7 @@ def named_lines(path: Path, deletions: Deletions, id_field: str) -> Iterator[int
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                if deletions.name(orjson.loads(line), id_field):
+                if deletions.name(orjson.loads(line), id_field, line):
                     yield number
             except ValueError as error:
                 raise ArtifactError(

@@ -104,21 +104,22 @@ def analyze(
         DatasetError: unreadable, of no known format, or without a single record.
         ArtifactError: a prepared dataset that is damaged.
     """
+    sources = find_sources(path, format)
     if format == "auto" and is_complete(path):
         prepared = load_prepared(path)
         return profile_dataset(
             prepared, encoder=encoder, tokenizer=tokenizer, sample_size=sample_size, on_progress=on_progress
         )
-    sources = find_sources(path, format)
     tally = _Tally(encoder, sample_size)
-    tally.add_all((row for file, form in sources for row in read_rows(file, form)), None, on_progress)
+    rows = (row for source in sources for row in read_rows(source.path, source.form, name=source.name))
+    tally.add_all(rows, None, on_progress)
     if not tally.records:
         raise DatasetError(
             f"none of the {tally.rejected} rows is a record (columns: {', '.join(tally.columns) or 'none'})",
             where=path,
             remedy="Name the columns instruction and output, prompt and completion, messages, or text",
         )
-    formats = {form for _, form in sources}
+    formats = {source.form for source in sources}
     return tally.profile(
         format_detected=formats.pop() if len(formats) == 1 else "mixed",
         tokenizer=tokenizer,

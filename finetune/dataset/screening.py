@@ -84,7 +84,7 @@ class Screener:
         record = orjson.loads(body)
         keys = KEYS.pack(
             xxh3_128_digest(content),
-            hash_of_id(value_at(record, wanted.id_field)),
+            hash_of_id(id_of(record, wanted.id_field, body)),
             _number(value_at(record, wanted.quality_field)),
         )
         clean = None
@@ -117,6 +117,13 @@ def hash_of_id(value: Any) -> int:
     if type(value) is int:
         value = str(value)
     return xxh3_64_intdigest(value.encode()) if type(value) is str and value else 0
+
+
+def id_of(record: Any, path: str | None, line: bytes) -> Any:
+    """The record's id; `line` is what it was parsed from."""
+    value = value_at(record, path)
+    # orjson reads whole numbers beyond 64 bits as fractions; the standard library does not.
+    return value_at(json.loads(line), path) if type(value) is float else value
 
 
 def value_at(record: Any, path: str | None) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import orjson
 
+from finetune.dataset.diagnosis import diagnose
 from finetune.dataset.scan import DEFAULT_LIMITS, Limits, loads
 from finetune.errors import DatasetError
 
@@ -22,60 +24,106 @@ _SUFFIXES: dict[str, SourceFormat] = {
     ".csv": "csv",
     ".parquet": "parquet",
 }
-_HF_MARKS = ("state.json", "dataset_dict.json")
+_HF_MARK = "state.json"
 _CHOOSE = "Name it with --format: jsonl, csv, parquet or hf"
 _ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line or row: where it stands, and its value, or None if the line cannot be trained on."""
+    """One line or row: its file and number, and its value, or None if the line cannot be trained on.
+
+    `line` is the line that was parsed; a table's rows have none.
+    """
 
     file: str
     number: int
     value: Any
+    line: bytes = b""
 
 
-def find_sources(path: Path, form: SourceFormat = "auto") -> list[tuple[Path, SourceFormat]]:
-    """The files to read and their formats; a directory is searched with all below it.
+@dataclass(frozen=True)
+class Source:
+    """A file to read; `name` tells it from the others that were found with it."""
+
+    path: Path
+    form: SourceFormat
+    name: str
+
+
+def find_sources(path: Path, form: SourceFormat = "auto") -> list[Source]:
+    """The files to read; a directory is searched with all below it, for datasets saved by ``datasets`` too.
 
     Raises:
-        DatasetError: there is nothing to read, or its format cannot be told.
+        DatasetError: there is nothing to read, not all of it can be looked at, or its format cannot be told.
     """
-    if not path.exists():
-        raise DatasetError("no such file or directory", where=path, remedy="Check the path")
-    if path.is_dir():
-        if form == "hf" or (form == "auto" and any((path / mark).is_file() for mark in _HF_MARKS)):
-            return [(file, "hf") for file in _arrow_files(path)]
-        found = [(file, _SUFFIXES[file.suffix]) for file in sorted(path.rglob("*")) if file.suffix in _SUFFIXES]
-        chosen = [(file, found_form) for file, found_form in found if form in ("auto", found_form) and file.is_file()]
-        if not chosen:
-            wanted = ", ".join(_SUFFIXES) if form == "auto" else form
-            raise DatasetError(f"no data files in this directory ({wanted})", where=path, remedy="Check the path")
-        return chosen
-    if form == "hf":
-        raise DatasetError("a dataset saved by datasets is a directory", where=path, remedy=_CHOOSE)
-    return [(path, form if form != "auto" else _detect(path))]
+    try:
+        if not path.exists():
+            raise DatasetError("no such file or directory", where=path, remedy="Check the path")
+        if not path.is_dir():
+            return [_single(path, form)]
+        found = [source for source in _below(path) if form in ("auto", source.form)]
+    except OSError as error:
+        raise _unreadable(Path(error.filename or path), error) from error
+    if not found and form == "hf":
+        raise DatasetError(
+            f"no dataset saved by datasets is here: {_HF_MARK} is missing",
+            where=path,
+            remedy="Save it with Dataset.save_to_disk, or name another format",
+        )
+    if not found:
+        wanted = ", ".join(_SUFFIXES) if form == "auto" else form
+        raise DatasetError(f"no data files in this directory ({wanted})", where=path, remedy="Check the path")
+    return found
 
 
-def read_rows(file: Path, form: SourceFormat, limits: Limits = DEFAULT_LIMITS) -> Iterator[Row]:
-    """Lines or rows of one file in order; `limits` hold for lines.
+def read_rows(
+    file: Path, form: SourceFormat, limits: Limits = DEFAULT_LIMITS, name: str | None = None
+) -> Iterator[Row]:
+    """Lines or rows of one file in order, told by `name`; `limits` hold for lines.
 
     Raises:
         DatasetError: the file cannot be read as this format.
     """
+    name = name or file.name
     try:
         if form == "jsonl":
-            yield from _json_lines(file, limits)
+            yield from _json_lines(file, limits, name)
         else:
-            yield from _table_rows(file, form)
+            yield from _table_rows(file, form, name)
     except OSError as error:
-        raise DatasetError(f"cannot be read: {error.strerror or error}", where=file, remedy="Check the file") from error
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> DatasetError:
+    return DatasetError(f"cannot be read: {error.strerror or error}", where=path, remedy="Check path and permissions")
+
+
+def _single(path: Path, form: SourceFormat) -> Source:
+    if form == "hf":
+        raise DatasetError("a dataset saved by datasets is a directory", where=path, remedy=_CHOOSE)
+    return Source(path, form if form != "auto" else _detect(path), path.name)
+
+
+def _below(directory: Path) -> list[Source]:
+    found: list[tuple[Path, SourceFormat]] = []
+    for folder, _, names in os.walk(directory, onerror=_refuse):
+        for file in (Path(folder, name) for name in names):
+            # A link to what is not there is nothing that may be left out: reading it will tell.
+            if form := _SUFFIXES.get(file.suffix.lower()):
+                found += [(file, form)] if file.is_file() or file.is_symlink() else []
+            elif file.name == _HF_MARK:
+                found += [(arrow, "hf") for arrow in _arrow_files(file)]
+    return [Source(file, form, file.relative_to(directory).as_posix()) for file, form in sorted(found)]
+
+
+def _refuse(error: OSError) -> None:
+    raise error
 
 
 def _detect(path: Path) -> SourceFormat:
-    if path.suffix in _SUFFIXES:
-        return _SUFFIXES[path.suffix]
+    if form := _SUFFIXES.get(path.suffix.lower()):
+        return form
     with path.open("rb") as stream:
         head = stream.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
     if head.startswith(b"PAR1"):
@@ -89,33 +137,42 @@ def _detect(path: Path) -> SourceFormat:
     raise DatasetError("the format cannot be told from name or content", where=path, remedy=_CHOOSE)
 
 
-def _arrow_files(directory: Path) -> list[Path]:
-    files = []
-    for state in sorted(directory.rglob("state.json")):
-        files += [state.parent / entry["filename"] for entry in orjson.loads(state.read_bytes())["_data_files"]]
-    if not files:
+def _arrow_files(state: Path) -> list[Path]:
+    try:
+        return [state.parent / entry["filename"] for entry in orjson.loads(state.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
         raise DatasetError(
-            "no dataset saved by datasets is here: state.json is missing",
-            where=directory,
-            remedy="Save it with Dataset.save_to_disk, or name another format",
-        )
-    return files
+            f"a dataset saved by datasets is damaged: {_HF_MARK} does not name its files",
+            where=state,
+            remedy="Save it again with Dataset.save_to_disk, or delete the file if it is not that library's",
+        ) from error
 
 
-def _json_lines(file: Path, limits: Limits) -> Iterator[Row]:
+def _json_lines(file: Path, limits: Limits, name: str) -> Iterator[Row]:
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             text = line.removesuffix(b"\n").removeprefix(b"\xef\xbb\xbf")
             if text.isspace() or not text:
                 continue
-            try:
-                value = loads(text, limits)
-            except ValueError:
-                value = None
-            yield Row(file.name, number, value)
+            yield Row(name, number, _value(text, limits), text)
 
 
-def _table_rows(file: Path, form: SourceFormat) -> Iterator[Row]:
+def _value(line: bytes, limits: Limits) -> Any:
+    """The line's value, or None if it is none that preparation would take."""
+    try:
+        return loads(line, limits)
+    except ValueError:
+        if len(line) > limits.max_line_bytes:
+            return None
+    # What looks like an escaped NUL may be a backslash before ``u0000``, which programs' texts hold.
+    try:
+        diagnose(line, terminated=True, max_depth=limits.max_depth)
+    except ValueError:
+        return None
+    return orjson.loads(line)
+
+
+def _table_rows(file: Path, form: SourceFormat, name: str) -> Iterator[Row]:
     import polars as pl
 
     try:
@@ -124,7 +181,7 @@ def _table_rows(file: Path, form: SourceFormat) -> Iterator[Row]:
             for row in frame.iter_rows(named=True):
                 number += 1
                 # A table has all columns in all rows: an empty cell is a field that the record lacks.
-                yield Row(file.name, number, {name: value for name, value in row.items() if value is not None})
+                yield Row(name, number, {column: value for column, value in row.items() if value is not None})
     except pl.exceptions.PolarsError as error:
         reason = str(error).partition("\n")[0]
         raise DatasetError(f"cannot be read as {form}: {reason}", where=file, remedy=_CHOOSE) from error

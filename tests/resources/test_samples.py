@@ -12,8 +12,10 @@ from typing import Any
 import psycopg2
 import pytest
 from typer.testing import CliRunner
+from xxhash import xxh3_64_intdigest
 
 from finetune.dataset.discovery import date_in_name
+from finetune.dataset.scan import DEFAULT_LIMITS, RangeTask, scan_range
 from finetune.errors import ConfigurationError, DatasetError, RemoteError
 from finetune.progress import ProgressEvent
 from lora_assets.cli.app import app
@@ -219,6 +221,29 @@ def test_a_value_that_json_cannot_hold_is_an_error(export: Export, execute: Exec
     with pytest.raises(DatasetError, match="JSON cannot hold"):
         export(table={"columns": {"text": "blob"}})
     assert not path.exists()
+
+
+def test_half_of_a_surrogate_pair_spoils_its_own_row_alone(export: Export, execute: Execute, path: Path) -> None:
+    execute("ALTER TABLE brain_training_samples ADD COLUMN raw json")
+    insert(execute, "2026-06-01T12:00:00Z", "2026-06-01T12:00:01Z")
+    execute('UPDATE brain_training_samples SET raw = \'{"a": "\\ud800"}\' WHERE id = 1')
+    assert export(table={"columns": {**COLUMNS, "raw": "raw"}}).rows == 2
+
+    assert path.read_bytes().count(b"\\ud800") == 1
+    data = path.read_bytes()
+    found = scan_range(RangeTask(path, len(data), 0, len(data), xxh3_64_intdigest(data), DEFAULT_LIMITS))
+    assert (found.lines, found.reasons) == (2, {"lone_surrogate": 1})
+
+
+def test_what_a_killed_export_left_is_removed_a_day_later(export: Export, execute: Execute, path: Path) -> None:
+    insert(execute, "2026-06-01T12:00:00Z")
+    path.parent.mkdir(parents=True)
+    old, young = (path.with_name(f".{path.name}.tmp-{number}-ab") for number in (1, 2))
+    for each in (old, young):
+        each.touch()
+    os.utime(old, (1, 1))
+    export()
+    assert leftovers(path) == [young]
 
 
 def test_an_empty_range_and_a_server_that_is_not_there_are_clear_errors(tmp_path: Path, export: Export) -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -236,8 +238,69 @@ def test_a_directory_of_mixed_files_is_profiled_as_one(tmp_path: Path) -> None:
     profile = analyze(tmp_path)
 
     assert (profile.format_detected, profile.total_samples) == ("mixed", 8)
-    assert profile.records_per_file == {"a.jsonl": 5, "t.csv": 3}
+    assert profile.records_per_file == {"below/a.jsonl": 5, "t.csv": 3}
     assert analyze(tmp_path, format="csv").total_samples == 3
+
+
+def test_a_directory_may_hold_all_formats_and_files_of_one_name(tmp_path: Path, encoder: RecordEncoder) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        write_jsonl(tmp_path / folder / "a.jsonl", [{"id": folder, "text": folder * 9}])
+    (tmp_path / "two" / "B.CSV").write_text("prompt,completion\nq,a\n")
+    save_table("parquet")(tmp_path / "t.parquet")
+    save_hf(tmp_path / "saved")
+    write_jsonl(tmp_path / "saved" / "beside.jsonl", RECORDS[:2])
+
+    profile = analyze(tmp_path, encoder=encoder)
+
+    assert profile.records_per_file == {
+        "one/a.jsonl": 1,
+        "saved/beside.jsonl": 2,
+        "saved/data-00000-of-00001.arrow": 3,
+        "t.parquet": 3,
+        "two/B.CSV": 1,
+        "two/a.jsonl": 1,
+    }
+    assert {"one/a.jsonl:1", "two/a.jsonl:1"} <= {record.where for record in profile.longest}
+    assert analyze(tmp_path, format="hf").total_samples == 3
+
+
+def test_what_looks_like_an_escaped_nul_and_is_none_is_profiled_as_it_was_prepared(
+    tmp_path: Path, prepare: Prepare
+) -> None:
+    lines = [json.dumps({"id": n, "text": f"{n} is written \\u0000 in C#"}) for n in range(20)]
+    assert "\\\\u0000" in lines[0]
+    content = "\n".join(lines).encode()
+    (tmp_path / "a.jsonl").write_bytes(content)
+
+    assert (analyze(tmp_path / "a.jsonl").total_samples, analyze(tmp_path / "a.jsonl").rejected) == (20, 0)
+    dataset = prepare({"brain_dataset_2026-06-01.jsonl": content})
+    assert profile_dataset(dataset).total_samples == dataset.counts.kept == 20
+
+
+def test_what_may_not_be_read_is_an_error_and_not_left_out(tmp_path: Path) -> None:
+    for name in ("closed.jsonl", "closed", "tree/a.jsonl", "tree/below/b.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, [{"text": "a"}])
+    for name in ("closed.jsonl", "closed", "tree/below"):
+        (tmp_path / name).chmod(0o000)
+    tmp_path.chmod(0o755)
+    # Root may read everything, so a child gives that up first.
+    program = (
+        "import os, sys, pathlib; from finetune.dataset.profile import analyze\n"
+        "os.chdir(sys.argv[1]); os.getuid() or os.setuid(65534)\n"
+        "for name in sys.argv[2:]:\n"
+        "    try: analyze(pathlib.Path(name))\n"
+        "    except Exception as error: print(type(error).__name__, error)"
+    )
+    asked = ["closed.jsonl", "closed", "tree", "tree/below", "tree/below/b.jsonl"]
+    done = subprocess.run([sys.executable, "-c", program, tmp_path, *asked], capture_output=True, text=True, check=True)
+    (tmp_path / "tree" / "below").chmod(0o700)
+
+    told = done.stdout.splitlines()
+    assert len(told) == len(asked)
+    for line, name in zip(told, ["closed.jsonl", "closed", "tree/below", "tree/below", "tree/below"], strict=True):
+        assert line.startswith(f"DatasetError cannot be read: Permission denied [{name}")
 
 
 @pytest.mark.parametrize(
@@ -254,6 +317,10 @@ def test_a_directory_of_mixed_files_is_profiled_as_one(tmp_path: Path) -> None:
         ("a.jsonl", b"{}", "hf", "is a directory"),
         ("directory/", None, "auto", "no data files in this directory"),
         ("directory/", None, "hf", "state.json is missing"),
+        ("state.json/", b"{", "auto", "damaged: state.json does not name its files"),
+        ("state.json/", b"{}", "hf", "damaged: state.json does not name its files"),
+        ("state.json/", b'{"_data_files":[{"filename":"gone.arrow"}]}', "auto", "cannot be read: No such file"),
+        ("link.jsonl/", b"", "auto", "cannot be read: No such file"),
     ],
 )
 def test_what_cannot_be_profiled_gives_a_clear_error(
@@ -262,6 +329,10 @@ def test_what_cannot_be_profiled_gives_a_clear_error(
     path = tmp_path / name
     if name.endswith("/"):
         path.mkdir()
+        if name == "link.jsonl/":
+            (path / name[:-1]).symlink_to(tmp_path / "gone")
+        elif content is not None:
+            (path / name[:-1]).write_bytes(content)
     elif content is not None:
         path.write_bytes(content)
 

@@ -106,6 +106,33 @@ def test_what_an_id_names_is_not_learned_from_a_duplicate_either(
     assert "r5" not in {record["id"] for record in kept(dataset)}
 
 
+@pytest.mark.parametrize("number", [0, -7, 2**64 - 1, 2**64, -(2**63) - 1, 3**80])
+def test_an_id_that_is_a_whole_number_of_any_size_is_deleted_and_found(
+    prepare: Prepare, layout: DataLayout, deletion_list: Callable[..., Path], number: int
+) -> None:
+    # A number beyond 64 bits must not stand for its neighbour, which is the same as a fraction.
+    named, neighbour = {"id": number, "text": "named"}, {"id": number + 1, "text": "neighbour"}
+    files = {FIRST: lines(*numbered(20), named, neighbour)}
+    prepare(files)
+    listed = read_deletions(deletion_list(str(number)))
+
+    [found] = find_deletable(layout, listed)
+    assert len(found.train_lines + found.eval_lines) == 1
+    with_content = with_contents(listed, discover_exports(layout.exports))
+    assert with_content.contents == {bytes.fromhex(content_hash(named))}
+    dataset = prepare(files, parameters={"deletion_list": deletion_list(str(number))})
+    assert dataset.counts.removed == 1
+    assert b"named" not in dataset.train_path.read_bytes() + dataset.eval_path.read_bytes()
+
+
+def test_an_id_may_hold_what_only_some_take_for_a_line_break(
+    prepare: Prepare, deletion_list: Callable[..., Path]
+) -> None:
+    odd = {"id": "a\u2028b\x85c", "text": "odd"}
+    options = {"deletion_list": deletion_list("a\u2028b\x85c")}
+    assert prepare({FIRST: lines(*numbered(20), odd)}, parameters=options).counts.removed == 1
+
+
 def test_another_deletion_list_gives_another_dataset_but_no_line_is_read_again(
     prepare: Prepare, deletion_list: Callable[..., Path]
 ) -> None:
