@@ -1,6 +1,6 @@
 """The composition root: what exists, how it is made, when it runs."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -21,11 +21,12 @@ from lora_assets.assets import (
     search,
     training,
 )
+from lora_assets.cancellation import cancel_experiments
 from lora_assets.checks import ALL_CHECKS, GGUF_CHECK
 from lora_assets.jobs import champion_drift, train_and_export
 from lora_assets.logs import console
 from lora_assets.partitions import dataset_dates
-from lora_assets.run_end import fail_dead_runs, not_taken_up, reconcile, report_end
+from lora_assets.run_end import fail_dead_runs, reconcile, report_end
 from lora_assets.schedules import build_schedules
 from lora_assets.settings import Settings, load_settings, on_kubernetes
 from resources.artifact_store import ArtifactStore, ValueStore
@@ -83,40 +84,37 @@ def cancel_rows(settings: Settings, dagster_run_id: str, reason: str) -> list[Tr
     """Close the rows of a Dagster run that was cancelled, and cancel the experiments that run elsewhere for them.
 
     Raises:
-        RemoteError: the database or the training server stays away.
-        ConfigurationError: the training server cannot be used as configured.
+        RemoteError: the database stays away.
     """
     closed = close_rows(settings, dagster_run_id, reason)
     if closed:
         with open_run_log(settings) as run_log:
-            alone = not_taken_up(run_log, closed)
-        cancel_experiments(settings, alone)
+            cancel_remote_trainings(settings, run_log)
     return closed
 
 
-def cancel_experiments(settings: Settings, rows: Sequence[TrainingRun]) -> None:
-    """Cancel the experiments that run elsewhere for rows that were closed.
+def cancel_remote_trainings(settings: Settings, run_log: RunLog) -> list[str]:
+    """Cancel what still runs elsewhere for cancelled runs; returns what is left of it, for a person to read.
 
     Raises:
-        RemoteError: the training server stays away.
-        ConfigurationError: the training server cannot be used as configured.
+        RemoteError: the database stays away.
     """
+    if settings.training_backend == "hf-peft":
+        return []
     trainer = build_trainer(settings).process_config_and_initialize()
-    for row in rows:
-        if row.backend == trainer.backend and row.training_run_id:
-            trainer.cancel(row.training_run_id, settings.layout.work(row.training_run_id))
+    return cancel_experiments(trainer, run_log, settings.layout)
 
 
 def close_what_was_killed(settings: Settings, instance: dg.DagsterInstance) -> list[str]:
-    """End the runs and rows that killed processes left behind; returns what they were, for a person to read.
+    """End the runs, rows and remote trainings that were left behind; returns what they were, for a person to read.
 
     Raises:
-        RemoteError: the database, or the training server of a cancelled run, stays away.
+        RemoteError: the database stays away.
     """
-    closed = [f"run {run_id}" for run_id in fail_dead_runs(instance)]
+    closed = [f"closed run {run_id}" for run_id in fail_dead_runs(instance)]
     with open_run_log(settings) as run_log:
-        cancel = partial(cancel_experiments, settings)
-        return closed + [f"row {row.id}" for row in reconcile(settings, instance, run_log, cancel)]
+        closed += [f"closed row {row.id}" for row in reconcile(settings, instance, run_log)]
+        return closed + cancel_remote_trainings(settings, run_log)
 
 
 def build_trainer(settings: Settings) -> LoraTrainer:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import dagster as dg
@@ -29,8 +29,6 @@ _CHECK = "Nothing was made from it. See the check's figures in the UI, then: {co
 _WARNING = "Nothing was stopped. See the check's figures in the UI."
 _KILLED = "Nothing was lost: the next run goes on from the last checkpoint. If none starts by itself: {command}"
 _PID = "Started process for run (pid: "
-# More than ever run at a time.
-_MANY = 10_000
 
 
 def build_alerts(settings: Settings) -> Alerts:
@@ -111,7 +109,6 @@ def reconcile(
     settings: Settings,
     instance: dg.DagsterInstance,
     run_log: RunLog,
-    cancel: Callable[[Sequence[TrainingRun]], None],
 ) -> list[TrainingRun]:
     """Close the rows of processes that were killed along with whoever would have noticed.
 
@@ -121,29 +118,16 @@ def reconcile(
         settings: in force.
         instance: whose runs they may be.
         run_log: whose rows are looked at.
-        cancel: cancels what runs elsewhere for closed rows: the sensor of cancelled runs finds these closed.
 
     Returns:
         The rows that were closed.
     """
     closed = run_log.close_orphans(lambda run_id: _why_over(instance, run_id)) + run_log.close_abandoned()
-    cancelled = []
     for row in closed:
         run = instance.get_run_by_id(row.dagster_run_id) if row.dagster_run_id else None
         if run is None or run.tags.get(_WILL_RETRY) != "true":
             _tell_of_row(settings, row)
-        if run is not None and run.status == dg.DagsterRunStatus.CANCELED:
-            cancelled.append(row)
-    # Behind the alerts, for a server that stays away ends this.
-    if cancelled := not_taken_up(run_log, cancelled):
-        cancel(cancelled)
     return closed
-
-
-def not_taken_up(run_log: RunLog, rows: Sequence[TrainingRun]) -> list[TrainingRun]:
-    """Closed rows whose training no other run works on by now: that one waits for the same experiment."""
-    running = {row.training_run_id for row in run_log.recent(_MANY, status="RUNNING")}
-    return [row for row in rows if row.training_run_id not in running]
 
 
 def fail_dead_runs(instance: dg.DagsterInstance) -> list[str]:

@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
@@ -63,7 +62,7 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
         TransientError: another process runs dates on this data root, or the run log's database does not answer.
     """
     home = dagster_home(settings)
-    from lora_assets.definitions import cancel_experiments, defs, open_run_log
+    from lora_assets.definitions import cancel_remote_trainings, defs, open_run_log
     from lora_assets.jobs import train_and_export
     from lora_assets.partitions import dataset_dates
 
@@ -73,7 +72,8 @@ def run_date(settings: Settings, date: str) -> DateOutcome:
         if settings.database_url or settings.layout.postgres.exists():
             # A database that does not answer is better known now than after hours of preparation.
             with open_run_log(settings) as run_log:
-                reconcile(settings, instance, run_log, partial(cancel_experiments, settings))
+                reconcile(settings, instance, run_log)
+                cancel_remote_trainings(settings, run_log)
         instance.add_dynamic_partitions(str(dataset_dates.name), [date])
         files = discover_exports(settings.exports, settings.pattern)
         report_arrival(instance, date, [file for file in files if file.date == date])

@@ -31,6 +31,12 @@ _SELECT = """
            detail.host, detail.external_run_url
     FROM lora_training_runs AS run LEFT JOIN lora_training_run_details AS detail USING (id)
 """
+_FAILED_FOR = "WHERE run.status = 'FAILED' AND run.backend = :backend AND starts_with(run.error_message, :reason)"
+_TAKEN_UP = """
+    SELECT 1 FROM lora_training_runs AS other JOIN lora_training_run_details AS taken USING (id)
+    WHERE taken.training_run_id = detail.training_run_id AND other.id <> run.id
+    AND (other.status = 'RUNNING' OR other.finished_at > run.finished_at)
+"""
 
 
 class Facts(TypedDict):
@@ -286,6 +292,31 @@ class RunLog(Database):
                 {"limit": limit, "status": status},
             )
         return [TrainingRun.model_validate(row) for row in rows]
+
+    def failed_for(self, reason: str, backend: Backend) -> list[TrainingRun]:
+        """The FAILED rows of a backend whose error begins with `reason`, in no order.
+
+        Without those whose training another row has taken up since.
+
+        Raises:
+            RemoteError: the database cannot be reached.
+            ConfigurationError: its tables cannot be made or used.
+        """
+        with self.transaction() as execute:
+            rows = execute(
+                f"{_SELECT} {_FAILED_FOR} AND NOT EXISTS ({_TAKEN_UP}) ORDER BY random()",
+                {"reason": reason, "backend": backend},
+            )
+        return [TrainingRun.model_validate(row) for row in rows]
+
+    def correct(self, row: TrainingRun, error_message: str) -> None:
+        """Replace the error of a FAILED row, unless the row has changed since it was read."""
+        with self.transaction() as execute:
+            execute(
+                "UPDATE lora_training_runs SET error_message = :message "
+                "WHERE id = :id AND status = 'FAILED' AND error_message = :before",
+                {"id": row.id, "message": storable_text(error_message), "before": row.error_message},
+            )
 
     def close_orphans(self, is_over: Callable[[str], str | None]) -> list[TrainingRun]:
         """Mark FAILED the RUNNING rows whose Dagster run is over.

@@ -8,7 +8,7 @@ import dagster as dg
 CloseRows = Callable[[str, str], list[int]]
 # Given a run that has ended, tells people and monitoring of it; never raises.
 Report = Callable[[dg.DagsterInstance, dg.DagsterRun], None]
-# Closes what was left behind by processes that were killed along with whoever would have noticed; returns what it was.
+# Closes what was left behind by processes that were killed along with whoever would have noticed; tells of it.
 Reconcile = Callable[[dg.DagsterInstance], list[str]]
 
 # Why the rows of a cancelled run are closed.
@@ -91,7 +91,7 @@ def build_reconciliation_sensor(reconcile: Reconcile) -> dg.SensorDefinition:
     """A sensor that finds what no event tells of: processes that were killed, and the daemon with them.
 
     Args:
-        reconcile: closes what they left behind.
+        reconcile: closes what they left behind, and tells what it did, and what it could not.
     """
 
     @dg.sensor(
@@ -102,6 +102,6 @@ def build_reconciliation_sensor(reconcile: Reconcile) -> dg.SensorDefinition:
     )
     def close_what_was_killed(context: dg.SensorEvaluationContext) -> dg.SkipReason:
         closed = reconcile(context.instance)
-        return dg.SkipReason(f"closed {', '.join(closed)}" if closed else "nothing was left behind")
+        return dg.SkipReason(", ".join(closed) if closed else "nothing was left behind")
 
     return close_what_was_killed

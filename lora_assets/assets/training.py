@@ -8,7 +8,7 @@ import dagster as dg
 from pydantic import Field
 
 from finetune.dataset.models import DatasetProfile, PreparedDataset
-from finetune.errors import FinetuneError, StoppedError
+from finetune.errors import StoppedError
 from finetune.planning.cost import refuse_above
 from finetune.planning.models import Method, Task, TrainingPlan
 from finetune.planning.overrides import PlanOverrides
@@ -32,6 +32,7 @@ from lora_assets.assets.common import (
     published_files,
     table,
 )
+from lora_assets.cancellation import cancel_experiment
 from lora_assets.kubernetes import gpu_step
 from lora_assets.logs import TAGS
 from lora_assets.recording import logged_figures, measurement_of, settle
@@ -342,7 +343,8 @@ def _train_recorded(
             run = context.instance.get_run_by_id(context.run.run_id)
             # Any other interrupt (a drained node) is followed by an attempt that finds the experiment again.
             if run and run.status in (dg.DagsterRunStatus.CANCELING, dg.DagsterRunStatus.CANCELED):
-                run_log.fail(row.id, f"{CANCELLED}{_cancel(trainer, request)}")
+                said = CANCELLED if TRAINS_HERE else cancel_experiment(trainer, request.run_id, request.work_dir)
+                run_log.fail(row.id, said)
             else:
                 run_log.fail(row.id, "the step was interrupted")
             if run and TAGS.items() <= run.tags.items():
@@ -369,19 +371,6 @@ def _observed(context: dg.AssetExecutionContext, date: str, report: Progress) ->
             context.log_event(dg.AssetObservation(context.asset_key, partition=date, metadata=metadata))
 
     return listen
-
-
-def _cancel(trainer: LoraTrainer, request: TrainingRequest) -> str:
-    """Cancel what runs elsewhere; returns what became of it."""
-    if TRAINS_HERE:
-        return ""
-    try:
-        cancelled = trainer.cancel(request.run_id, request.work_dir)
-    except FinetuneError as error:
-        return f"; its experiment may still run: {error}"
-    if cancelled:
-        return "; its experiment was cancelled"
-    return "; it has no experiment, or the server cannot cancel it"
 
 
 def experiment_link(url: str | None) -> dict[str, dg.MetadataValue[str | None]]:

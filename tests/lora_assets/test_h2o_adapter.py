@@ -356,7 +356,11 @@ def test_ctrl_c_on_a_command_ends_it_and_leaves_the_experiment(site: Site) -> No
     ],
     ids=["cancelled", "server-down", "not-offered"],
 )
-def test_a_cancelled_run_says_what_became_of_its_experiment(site: Site, faults: list[Fault], said: str) -> None:
+def test_a_cancelled_run_says_what_became_of_its_experiment_and_the_server_is_told_until_it_answers(
+    site: Site, monkeypatch: pytest.MonkeyPatch, faults: list[Fault], said: str
+) -> None:
+    for name, value in site.environment.items():
+        monkeypatch.setenv(name, value)
     site.server.faults["cancel"] = list(faults)
     _, row = interrupt(site, cancelled=True)
     assert site.server.faults["cancel"] != faults or not faults, "otherwise the fault did not strike"
@@ -364,6 +368,14 @@ def test_a_cancelled_run_says_what_became_of_its_experiment(site: Site, faults: 
     assert row.status == "FAILED"
     assert (row.error_message or "").startswith(said)
     assert (site.server.experiments["exp/1"]["status"] == "stopped") == (not faults)
+    asked = len(site.server.calls)
+    with instance_of(site) as instance:
+        assert close_what_was_killed(load_settings(), instance) == []
+    if len(faults) > 1:
+        assert site.server.experiments["exp/1"]["status"] == "stopped"
+        assert site.rows()[0].error_message == "the run was cancelled; its experiment was cancelled"
+    else:
+        assert len(site.server.calls) == asked, "whoever has answered is not asked again"
 
 
 def test_what_finds_a_killed_run_first_cancels_the_experiment_of_one_that_was_cancelled(
@@ -388,10 +400,11 @@ def test_what_finds_a_killed_run_first_cancels_the_experiment_of_one_that_was_ca
         assert run is not None
         instance.report_run_canceled(run)
         assert "cancel" not in site.server.calls
-        assert close_what_was_killed(load_settings(), instance) == [f"row {row.id}"]
+        assert close_what_was_killed(load_settings(), instance) == [f"closed row {row.id}"]
     assert site.server.experiments["exp/1"]["status"] == "stopped"
     closed = site.rows()[0]
-    assert (closed.id, closed.status, closed.error_message) == (row.id, "FAILED", "the run was cancelled")
+    assert (closed.id, closed.status) == (row.id, "FAILED")
+    assert closed.error_message == "the run was cancelled; its experiment was cancelled"
     assert cancel_rows(load_settings(), run_id, "the run was cancelled") == [], "nothing is left to the sensor"
     assert site.server.calls.count("cancel") == 1
 

@@ -105,6 +105,8 @@ def test_a_successful_run_is_reported() -> None:
 def test_what_was_left_behind_is_told_in_the_tick() -> None:
     with dg.DagsterInstance.ephemeral() as instance:
         tick = dg.build_sensor_context(instance=instance)
-        assert "closed run a, row 7" in str(build_reconciliation_sensor(lambda _: ["run a", "row 7"])(tick))
+        assert "closed run a, closed row 7" in str(
+            build_reconciliation_sensor(lambda _: ["closed run a", "closed row 7"])(tick)
+        )
         assert "nothing was left behind" in str(build_reconciliation_sensor(lambda _: [])(tick))
         assert build_reconciliation_sensor(lambda _: []).default_status == dg.DefaultSensorStatus.RUNNING
