@@ -11,8 +11,8 @@ from pathlib import Path
 from finetune.dataset.inspect import held_out_prompts
 from finetune.planning.models import TrainingPlan
 from finetune.progress import Progress
-from finetune.publishing import is_complete
-from finetune.reproduction.models import ExperimentManifest, StoppedTraining
+from finetune.publishing import is_complete, read_manifest
+from finetune.reproduction.models import ExperimentManifest, MergedOutput, StoppedTraining
 from finetune.search.adoption import keep_configuration
 from finetune.search.candidates import Bench, Candidate, experiment_space, next_candidate, plan_of
 from finetune.search.ledger import best_trial
@@ -181,9 +181,17 @@ def conclude(opened: Opened, on_progress: Progress) -> StepResult:
         history=history,
         ended=ended,
         result=result,
-        manifest=_manifest(opened, history),
+        manifest=_manifest(opened, history).model_copy(
+            update={"merged": _merged_output(merged, best.run_id) if merged and best else None}
+        ),
     )
     return result
+
+
+def _merged_output(merged: Path, run_id: str) -> MergedOutput:
+    directory = merged if merged.is_dir() else merged.parent
+    # As they were hashed when it was published.
+    return MergedOutput(run_id=run_id, path=directory, outputs=read_manifest(directory).outputs)
 
 
 def _manifest(opened: Opened, history: Sequence[TrialRecord]) -> ExperimentManifest:

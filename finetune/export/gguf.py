@@ -135,6 +135,8 @@ def export_gguf(
             verification=verification,
             seconds=time.monotonic() - started,
         )
+        described = [result.full, result.quantized, *([result.adapter] if result.adapter else [])]
+        staging.digests = {file.path.name: file.sha256 for file in described}
         staging.inputs = inputs
         staging.parameters = {"base_model": base_model.name, "run_id": run_id}
         staging.results = result.model_dump(mode="json", exclude={"path", "reused"})

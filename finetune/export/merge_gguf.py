@@ -112,6 +112,7 @@ def merge_to_gguf(
             perplexity=None if comparison is None else comparison.perplexity,
             seconds=time.monotonic() - started,
         )
+        staging.digests = {target.name: result.file.sha256}
         staging.inputs = inputs
         staging.parameters = {"base_model": base_model.name, "run_id": run_id}
         staging.results = result.model_dump(mode="json", exclude={"path", "reused"})

@@ -21,7 +21,9 @@ from finetune.publishing import MANIFEST_NAME, FileEntry, sha256_file
 from finetune.reproduction.models import AdapterInput, BaseModelInput, DatasetInput, ExportInput, Inputs
 
 State = Literal["present", "missing", "changed"]
-InputKind = Literal["report", "evaluation", "records", "adapter", "training", "base model", "dataset", "export"]
+InputKind = Literal[
+    "report", "evaluation", "records", "adapter", "training", "base model", "dataset", "export", "merged model"
+]
 
 
 @dataclass(frozen=True)

@@ -199,6 +199,16 @@ class Combination(BaseModel):
     evaluations: list[Evaluation]
 
 
+class MergedOutput(BaseModel):
+    """The model that was merged from a training's adapter, and published beside the experiment."""
+
+    model_config = ConfigDict(frozen=True)
+
+    run_id: str
+    path: Path
+    outputs: dict[str, FileEntry]
+
+
 class ExperimentManifest(Manifest):
     """The manifest of an experiment: a search or another protocol."""
 
@@ -207,6 +217,8 @@ class ExperimentManifest(Manifest):
     figures: dict[str, Figure]
     stopped: list[StoppedTraining] = Field(default_factory=list)
     combinations: dict[str, Combination] = Field(default_factory=dict)
+    # None where nothing was merged
+    merged: MergedOutput | None = None
 
 
 _EITHER: TypeAdapter[VersionManifest | ExperimentManifest] = TypeAdapter(

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finetune.errors import ArtifactError, ConfigurationError
 from finetune.evaluation.models import EvalReport
-from finetune.publishing import MANIFEST_NAME, Manifest
+from finetune.publishing import MANIFEST_NAME, Manifest, read_manifest, sha256_json
 from finetune.reproduction.at_hand import Found, Places, find
 from finetune.reproduction.follow import Follower, altered_directory
 from finetune.reproduction.manifest import figures_of, inputs_of, read_experiment_manifest, training_entry
@@ -19,6 +19,7 @@ from finetune.reproduction.models import (
     Combination,
     Figure,
     Inputs,
+    MergedOutput,
     StoppedTraining,
     TrainingEntry,
     VersionManifest,
@@ -47,6 +48,8 @@ class Trace(BaseModel):
     report: Found
     figures: dict[str, Figure]
     chains: dict[str, Chain]
+    # the model that was merged from the best adapter, if one was and all figures are wanted
+    merged: Found | None = None
 
     @property
     def broken(self) -> list[str]:
@@ -70,6 +73,7 @@ class _Ground:
     inputs: Inputs
     combinations: Mapping[str, Combination] = field(default_factory=dict)
     stopped: Mapping[str, StoppedTraining] = field(default_factory=dict)
+    merged: MergedOutput | None = None
 
 
 def trace(report: Path, places: Places, *, figure: str | None = None) -> Trace:
@@ -110,7 +114,19 @@ def trace(report: Path, places: Places, *, figure: str | None = None) -> Trace:
         report=find("report", manifest.kind, stated, [directory], altered_directory),
         figures=figures,
         chains={run: Chain(run_id=run, links=list(follower.links(run))) for run in runs},
+        merged=_merged_model(ground.merged, places) if ground.merged and figure is None else None,
     )
+
+
+def _merged_model(merged: MergedOutput, places: Places) -> Found:
+    def fault(directory: Path) -> str:
+        if reason := altered_directory(directory):
+            return reason
+        return "" if read_manifest(directory).outputs == merged.outputs else "it is another one than was merged then"
+
+    stated = sha256_json({name: entry.sha256 for name, entry in merged.outputs.items()})
+    candidates = [merged.path, places.layout.model(merged.run_id, merged.path.name)]
+    return find("merged model", merged.run_id, stated, candidates, fault)
 
 
 def _of_experiment(directory: Path) -> _Ground:
@@ -125,7 +141,7 @@ def _of_experiment(directory: Path) -> _Ground:
         }
         return _Ground(figures, trainings, manifest.inputs)
     stopped = {ended.run_id: ended for ended in manifest.stopped}
-    return _Ground(manifest.figures, trainings, manifest.inputs, manifest.combinations, stopped)
+    return _Ground(manifest.figures, trainings, manifest.inputs, manifest.combinations, stopped, manifest.merged)
 
 
 def _of_evaluation(directory: Path, manifest: Manifest, places: Places) -> _Ground:

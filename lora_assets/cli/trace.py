@@ -20,7 +20,8 @@ def trace(
 ) -> None:
     """Follow figures back: evaluation, adapter, training, dataset, exports; each hash on the way is compared.
 
-    Exit code 1 where a link is missing or has changed.
+    A model that an experiment has merged is compared with its hashes too. Exit code 1 where a link is missing or has
+    changed, or the merged model has changed.
     """
     from finetune.reproduction.trace import trace as follow
 
@@ -45,8 +46,14 @@ def trace(
                 for link in chain.links
             ]
             print_table(run, ["link", "name", "SHA-256 or fingerprint", "state", "where, or what is wrong"], rows)
+        if merged := traced.merged:
+            out.print(
+                f"the merged model of {merged.name} is {merged.state}: {merged.reason or merged.path or 'removed'}",
+                markup=False,
+            )
         if traced.report.state != "present":
             err.print(f"the report was altered: {traced.report.reason}", style="red", markup=False)
         out.print(f"{len(broken)} of {len(traced.figures)} figures have a broken way back", markup=False)
-    if broken:
+    # One that was removed to make room can be merged again.
+    if broken or (traced.merged is not None and traced.merged.state == "changed"):
         raise typer.Exit(1)

@@ -186,6 +186,19 @@ def test_an_experiment_that_was_killed_in_a_trial_is_resumed_merged_and_shown(
         kinds = [link.kind for link in chain.links]
         assert kinds == ["evaluation", "records", "adapter", "training", "base model", "dataset", "export"]
         assert chain.links[-1].path == directory / "records.jsonl"
+    # The merged model too: a byte of it that is another one is found by the hashes in the experiment's manifest.
+    assert traced.merged is not None
+    assert (traced.merged.state, traced.merged.path, traced.merged.name) == ("present", merged, best["run_id"])
+    (weights,) = merged.glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    damaged = trace(report, places).merged
+    assert damaged is not None
+    assert (damaged.state, damaged.reason) == (
+        "changed",
+        f"a file of the artifact was altered: its SHA-256 differs [{weights}]",
+    )
     selection = select(report)
     at_hand = look_for_inputs(selection.manifest.inputs, places, weights=True, on_progress=ignore_progress)
     judged = check(selection, at_hand, places)

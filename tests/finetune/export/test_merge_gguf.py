@@ -10,6 +10,7 @@ from finetune.export import merge_gguf
 from finetune.export.merge_gguf import merge_to_gguf
 from finetune.export.models import GgufExport
 from finetune.export.runtime import GgufRuntime
+from finetune.publishing import read_manifest
 from tests.finetune.export.conftest import PROMPTS, TAUGHT, MakeAdapter
 
 
@@ -44,6 +45,7 @@ def test_an_adapter_that_llama_cpp_cannot_load_is_merged_all_the_same(
     made = merge_to_gguf(base_model=base, adapter_path=adapter, output_dir=tmp_path / "out", run_id="r")
     assert made.file.path == tmp_path / "out" / "r-Q8_0.gguf"
     assert (made.tokenization_equal, made.divergence, made.max_logit_difference) == (None, None, None)
+    assert read_manifest(made.path, verify="hashes").outputs[made.file.path.name].sha256 == made.file.sha256
 
 
 def test_a_file_that_answers_otherwise_is_not_published(

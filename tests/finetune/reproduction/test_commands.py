@@ -16,8 +16,9 @@ import pytest
 from click.testing import Result
 from typer.testing import CliRunner
 
-from finetune.publishing import read_manifest
-from finetune.reproduction.models import EXPERIMENT_MANIFEST
+from finetune.publishing import publish_directory, read_manifest, withdraw
+from finetune.reproduction.manifest import experiment_manifest, write_manifest
+from finetune.reproduction.models import EXPERIMENT_MANIFEST, MergedOutput
 from finetune.training.checkpoints import newest_complete
 from lora_assets.cli.app import app
 from lora_assets.settings import RECORDED, Settings, is_secret
@@ -117,6 +118,43 @@ def test_a_check_tells_what_is_at_hand_and_what_is_otherwise_and_makes_nothing(
     for told in ("brain_dataset_2026-06-08.jsonl", "present", "torch", "2.0.0", "lora-assets-tiny"):
         assert told in done.output
     assert sorted((published.layout.root / "work").iterdir()) == work
+
+
+def test_a_byte_of_the_merged_model_that_was_altered_ends_with_1_and_one_that_was_removed_is_told(
+    published: Published, tmp_path: Path, run: Callable[..., Result]
+) -> None:
+    with publish_directory(tmp_path / "merged", kind="merged_model") as staging:
+        weights = staging.path / "model.safetensors"
+        weights.write_bytes(bytes(1000))
+    whole = read_manifest(tmp_path / "merged").outputs
+    manifest = experiment_manifest(
+        kind="hpo_study",
+        name="merged",
+        configuration={},
+        seed=None,
+        trainings={},
+        exports=published.layout.exports,
+        environment={},
+        secrets=[],
+        figures={},
+    )
+    merged = MergedOutput(run_id="r1", path=tmp_path / "merged", outputs=whole)
+    with publish_directory(tmp_path / "report", kind="experiment") as staging:
+        write_manifest(staging.path, manifest.model_copy(update={"merged": merged}))
+
+    def traced(code: int, said: str) -> None:
+        done = run("trace", tmp_path / "report")
+        assert (done.exit_code, f"the merged model of r1 is {said}" in done.output) == (code, True), done.output
+
+    traced(0, "present")
+    weights = tmp_path / "merged" / "model.safetensors"
+    weights.write_bytes(bytes(500) + b"\1" + bytes(499))
+    traced(1, "changed: a file of the artifact was altered")
+    with publish_directory(tmp_path / "merged", kind="merged_model") as staging:
+        (staging.path / "model.safetensors").write_bytes(weights.read_bytes())
+    traced(1, "changed: it is another one than was merged then")
+    withdraw(tmp_path / "merged")
+    traced(0, "missing")
 
 
 def test_a_figure_is_traced_to_its_exports_and_a_broken_link_ends_with_1(
