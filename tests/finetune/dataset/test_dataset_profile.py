@@ -164,6 +164,27 @@ def test_plain_texts_have_neither_instruction_nor_output(tmp_path: Path) -> None
     assert not profile.has_output
 
 
+def test_shares_of_scripts_are_of_all_letters(tmp_path: Path) -> None:
+    records: list[dict[str, object]] = [{"instruction": "Привіт 42", "output": "hi!"}, {"text": "漢字 й"}]
+    profile = analyze(write_jsonl(tmp_path / "a.jsonl", records))
+
+    assert profile.script_shares == {"cyrillic": 7 / 11, "latin": 2 / 11, "other": 2 / 11}
+
+
+def test_percentiles_are_the_nearest_ranks_and_shares_of_the_truncated_are_of_all(
+    tmp_path: Path, encoder: RecordEncoder
+) -> None:
+    records: list[dict[str, object]] = [{"text": "answer " * (2 * n + 1)} for n in range(100)]
+    profile = analyze(write_jsonl(tmp_path / "a.jsonl", records[::-1]), encoder=encoder)
+
+    lengths = [len(record.input_ids) for record in encoder.encode(records)]
+    assert lengths == sorted(set(lengths)), "otherwise ranks cannot be told apart"
+    assert profile.percentiles == {f"p{percent}": lengths[percent - 1] for percent in (50, 90, 95, 99)}
+    for cut in profile.truncation:
+        assert cut.record_share == sum(length > cut.max_length for length in lengths) / 100
+    assert 0 < profile.truncation[0].record_share < 1
+
+
 def test_letters_are_counted_by_script() -> None:
     assert count_letters(["Привіт, world! 42 漢字", "é ё", ""]).tolist() == [7, 6, 2]
 

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from finetune.chat.encode import RecordEncoder
+from finetune.chat.encode import EncodedRecord, RecordEncoder
 from finetune.dataset import profile
 from finetune.dataset.fast_tokens import FastTokenizer
 
@@ -111,6 +113,23 @@ def test_a_profile_is_the_same_by_either_way(encoder: RecordEncoder, dataset: Pa
 
     assert fast == slow
     assert fast.tokenized_by == "tiktoken"
+
+
+def test_the_models_own_tokenizer_counts_the_sample_alone(
+    encoder: RecordEncoder, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: Counter[bool] = Counter()
+    encode = RecordEncoder.encode
+
+    def counting(self: RecordEncoder, records: list[dict[str, Any]]) -> list[EncodedRecord]:
+        counted[isinstance(self.tokenizer, FastTokenizer)] += len(records)
+        return encode(self, records)
+
+    monkeypatch.setattr(RecordEncoder, "encode", counting)
+    monkeypatch.setattr(profile, "_BATCH", 100)
+    profile.analyze(dataset, encoder=encoder, sample_size=250)
+
+    assert counted == {True: 1501, False: 300}
 
 
 def test_a_fast_tokenizer_that_differs_on_the_sample_is_not_trusted(

@@ -68,6 +68,21 @@ def test_a_file_that_grew_since_it_was_listed_is_noticed(listed: list[ExportFile
     assert prepare_listed(discover_exports(layout.exports), layout).counts.lines == 801
 
 
+@pytest.mark.parametrize("longer", [b"", b'{"text":"more"}\n'])
+def test_a_change_of_size_or_of_time_alone_is_noticed(
+    listed: list[ExportFile], layout: DataLayout, longer: bytes
+) -> None:
+    file = listed[1]
+    with file.path.open("ab") as stream:
+        stream.write(longer)
+    os.utime(file.path, ns=(file.mtime_ns, file.mtime_ns + (not longer)))
+    status = file.path.stat()
+    assert (status.st_size != file.size) != (status.st_mtime_ns != file.mtime_ns)
+    with pytest.raises(TransientError, match=r"changed while it was read.*2026-06-02"):
+        prepare_listed(listed, layout)
+    assert not published(layout)
+
+
 def test_a_file_that_shrank_since_it_was_listed_is_noticed(listed: list[ExportFile], layout: DataLayout) -> None:
     os.truncate(listed[1].path, 10)
     with pytest.raises(TransientError, match="changed while it was read"):
@@ -90,6 +105,9 @@ def test_a_file_changed_between_two_readings_is_noticed_though_its_size_and_time
         prepare_listed(listed, layout, workers=workers, on_progress=strike)
     assert struck
     assert not published(layout)
+    # What was read of the other content is not kept under the name of the one that was hashed.
+    indexes = list((layout.root / "prepared" / "brain" / ".index").glob("[!.]*"))
+    assert len(indexes) == (0 if stage == "hash" else 2)
     assert prepare_listed(listed, layout).counts.kept == 800
 
 
@@ -106,6 +124,27 @@ def test_a_file_that_cannot_be_read_is_named(listed: list[ExportFile], layout: D
     listed[0].path.mkdir()
     with pytest.raises(DatasetError, match=r"cannot be read: Is a directory.*2026-06-01"):
         prepare_listed(listed, layout)
+    assert not published(layout)
+
+
+def test_a_file_without_read_permission_is_named(listed: list[ExportFile], layout: DataLayout) -> None:
+    listed[1].path.chmod(0o000)
+    layout.root.chmod(0o777)
+    layout.root.parent.chmod(0o755)
+    # Root may read everything, so a child gives that up first.
+    program = (
+        "import os, sys, pathlib; from finetune.dataset.discovery import discover_exports\n"
+        "from finetune.dataset.prepare import prepare_dataset; from finetune.layout import DataLayout\n"
+        "os.chdir(sys.argv[1]); os.getuid() or os.setuid(65534); layout = DataLayout(pathlib.Path('data'))\n"
+        "try: prepare_dataset(discover_exports(layout.exports), date='2026-06-02', layout=layout)\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    command = [sys.executable, "-c", program, layout.root.parent]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    listed[1].path.chmod(0o600)
+
+    assert done.stdout.startswith("DatasetError an export cannot be read: Permission denied [data/datasets/brain/")
+    assert "2026-06-02.jsonl" in done.stdout
     assert not published(layout)
 
 

@@ -94,17 +94,18 @@ def test_a_carriage_return_within_a_record_breaks_no_line(prepare: Prepare, pair
 @pytest.mark.parametrize(
     "again",
     [
-        '{"instruction":"Кафе  є","output":"Так\\n"}',
-        '{"output":"Так","instruction":"Кафе є","id":7}',
-        '{"prompt":"Кафе є","completion":"Так"}',
-        '{"messages":[{"role":"user","content":"Кафе є"},{"role":"assistant","content":"Так"}]}',
-        '{"conversations":[{"from":"human","value":"Кафе є"},{"from":"gpt","value":"Так"}]}',
-        '{"instruction":"\\u041a\\u0430\\u0444\\u0435 \\u0454","input":"","output":"Так"}',
-        unicodedata.normalize("NFD", '{"instruction":"Кафе є","output":"Так"}'),
+        '{"instruction":"Кафе  є","output":"Їжак\\n"}',
+        '{"output":"Їжак","instruction":"Кафе є","id":7}',
+        '{"prompt":"Кафе є","completion":"Їжак"}',
+        '{"messages":[{"role":"user","content":"Кафе є"},{"role":"assistant","content":"Їжак"}]}',
+        '{"conversations":[{"from":"human","value":"Кафе є"},{"from":"gpt","value":"Їжак"}]}',
+        '{"instruction":"\\u041a\\u0430\\u0444\\u0435 \\u0454","input":"","output":"Їжак"}',
+        unicodedata.normalize("NFD", '{"instruction":"Кафе є","output":"Їжак"}'),
     ],
 )
 def test_the_same_content_in_another_dress_is_a_duplicate(prepare: Prepare, pairs: Pairs, again: str) -> None:
-    first = '{"instruction":"Кафе є","output":"Так"}'
+    first = '{"instruction":"Кафе є","output":"Їжак"}'
+    assert not unicodedata.is_normalized("NFD", first), "otherwise there is nothing to compose"
     dataset = prepare(
         {
             "brain_dataset_2026-06-01.jsonl": first.encode() + b"\n" + pairs(*range(9)),
@@ -260,6 +261,18 @@ def test_a_damaged_index_is_made_again(prepare: Prepare, pairs: Pairs, layout: D
 
     assert after.counts.kept == 50
     assert after.train_path.read_bytes() == before
+
+
+def test_lines_that_do_not_add_up_end_the_run(prepare: Prepare, pairs: Pairs, layout: DataLayout) -> None:
+    files = {"brain_dataset_2026-06-01.jsonl": pairs(*range(50)) + b"\n{bad\n"}
+    assert prepare(files).counts.lines == 52
+    [manifest] = (layout.root / "prepared" / "brain" / ".index").glob("*/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"lines": 52', '"lines": 53'))
+
+    with pytest.raises(AssertionError, match=r"lost or counted twice.*lines=53"):
+        prepare(files, parameters={"salt": "other"})
+    [alone] = (layout.root / "prepared" / "brain" / "2026-06-01").iterdir()
+    assert load_prepared(alone).counts.lines == 52
 
 
 def test_the_manifest_tells_what_went_in_and_what_came_out(prepare: Prepare, pairs: Pairs) -> None:

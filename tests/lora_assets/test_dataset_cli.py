@@ -1,0 +1,121 @@
+"""`lora-assets dataset prepare` and `analyze`: what the assets do, for any directory, and as JSON for machines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+from typer.testing import CliRunner
+
+from finetune.base_model.models import BaseModelRef
+from finetune.chat.encode import RecordEncoder
+from lora_assets.assets import dataset
+from lora_assets.cli.app import app
+from lora_assets.partitions import dataset_dates
+from lora_assets.settings import Settings
+from resources.artifact_store import ArtifactStore, ValueStore
+from resources.base_model import BaseModelSource
+
+DATE = "2026-06-02"
+FILES = {
+    "brain_dataset_2026-06-01.jsonl": "".join(f'{{"id":{n},"text":"record {n}"}}\n' for n in range(40)) + "{bad\n[]\n",
+    f"brain_dataset_{DATE}.jsonl": "".join(f'{{"prompt":"q {n}","completion":"так {n}"}}\n' for n in range(9)) + "{no",
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    exports = tmp_path / "datasets" / "brain"
+    exports.mkdir(parents=True)
+    for name, content in FILES.items():
+        (exports / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DATA_ROOT", str(tmp_path / "unused"))
+    return tmp_path
+
+
+def invoke(*arguments: object) -> dict[str, Any]:
+    done = CliRunner().invoke(app, ["dataset", *map(str, arguments), "--json"])
+    assert done.exit_code == 0, done.output
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def materialized(monkeypatch: pytest.MonkeyPatch, root: Path, model: BaseModelRef) -> dict[str, dict[str, Any]]:
+    """The metadata of `merged_dataset` and `dataset_profile`."""
+    monkeypatch.setattr(dataset, "SETTINGS", Settings(data_root=root))
+    with dg.DagsterInstance.ephemeral() as instance:
+        instance.add_dynamic_partitions(str(dataset_dates.name), [DATE])
+        result = dg.materialize(
+            [dataset.merged_dataset, dataset.dataset_profile],
+            instance=instance,
+            partition_key=DATE,
+            resources={
+                "store": ArtifactStore(data_root=str(root), pipeline="brain"),
+                "base_model": BaseModelSource(name=str(model.path), cache_dir=str(root / "base_models")),
+                "io_manager": ValueStore(directory=str(root / "assets")),
+            },
+        )
+    return {
+        event.materialization.asset_key.path[-1]: {
+            name: value.value for name, value in event.materialization.metadata.items()
+        }
+        for event in result.get_asset_materialization_events()
+    }
+
+
+def rows(metadata: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    return [record.data for record in metadata[name].records]
+
+
+def test_the_command_and_the_assets_prepare_and_profile_the_same(
+    monkeypatch: pytest.MonkeyPatch, root: Path, tiny_model: BaseModelRef
+) -> None:
+    told = invoke("prepare", root / "datasets" / "brain", root / "out", "--workers", 2)
+    again = invoke("prepare", root / "datasets" / "brain", root / "out")
+    profile = invoke("analyze", told["path"], "--tokenizer", tiny_model.path)
+    assets = materialized(monkeypatch, root, tiny_model)
+    merged, shown = assets["merged_dataset"], assets["dataset_profile"]
+
+    assert (told["reused"], again["reused"], again["path"]) == (False, True, told["path"])
+    made = Path(merged["path"])
+    assert made.is_relative_to(root / "prepared")
+    for name in ("train.jsonl", "eval.jsonl", "rejects.jsonl"):
+        assert (made / name).read_bytes() == (Path(told["path"]) / name).read_bytes()
+    assert rows(merged, "rejects_by_reason") == [
+        {"reason": reason, "lines": 1} for reason in ("bad_json", "half_line", "not_an_object")
+    ]
+    assert rows(merged, "rejects_by_file") == [
+        {"file": name, "lines": lines} for name, lines in zip(FILES, (2, 1), strict=True)
+    ]
+    assert told["rejects_by_file"] == {row["file"]: row["lines"] for row in rows(merged, "rejects_by_file")}
+    for name in ("total_samples", "format_detected", "has_instruction", "has_output", "avg_tokens", "max_tokens"):
+        assert profile[name] == shown[name]
+    for name in ("total_tokens", "duplicates_found", "trained_token_share", "tokenized_by"):
+        assert profile[name] == shown[name]
+    assert ", ".join(profile["columns"]) == shown["columns"]
+    assert {row["percentile"]: row["tokens"] for row in rows(shown, "percentiles")} == profile["percentiles"]
+    assert rows(shown, "truncation") == profile["truncation"]
+    assert rows(shown, "longest") == [{**row, "id": row["id"] or ""} for row in profile["longest"]]
+    assert {row["script"]: row["share"] for row in rows(shown, "scripts")} == profile["script_shares"]
+    assert {row["file"]: row["records"] for row in rows(shown, "records_per_file")} == profile["records_per_file"]
+    assert "data:image/png;base64," in shown["token_histogram"]
+
+
+def test_no_size_of_sample_changes_a_figure(root: Path, tiny_model: BaseModelRef) -> None:
+    path = root / "long.jsonl"
+    records = [{"prompt": f"q {n}", "completion": "слово"} for n in range(1100)]
+    records[-1]["completion"] *= 50
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+    small, large = (
+        invoke("analyze", path, "--format", "jsonl", "--tokenizer", tiny_model.path, "--sample-size", size)
+        for size in (1, 10**6)
+    )
+
+    # The longest is beyond any sample.
+    [longest] = RecordEncoder.load(tiny_model.path).encode(records[-1:])
+    assert small == large
+    assert small["max_tokens"] == len(longest.input_ids)
+    assert small["longest"][0]["where"] == "long.jsonl:1100"
