@@ -73,6 +73,8 @@ def test_a_change_of_size_or_of_time_alone_is_noticed(
     listed: list[ExportFile], layout: DataLayout, longer: bytes
 ) -> None:
     file = listed[1]
+    # What is known of the files, and made of them, does not make up for a look at them.
+    prepare_listed(listed, layout)
     with file.path.open("ab") as stream:
         stream.write(longer)
     os.utime(file.path, ns=(file.mtime_ns, file.mtime_ns + (not longer)))
@@ -80,6 +82,22 @@ def test_a_change_of_size_or_of_time_alone_is_noticed(
     assert (status.st_size != file.size) != (status.st_mtime_ns != file.mtime_ns)
     with pytest.raises(TransientError, match=r"changed while it was read.*2026-06-02"):
         prepare_listed(listed, layout)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_file_that_grows_once_it_was_hashed_is_noticed(
+    listed: list[ExportFile], layout: DataLayout, workers: int
+) -> None:
+    struck = []
+
+    def strike(event: ProgressEvent) -> None:
+        if event.stage == "hash" and event.done == event.total:
+            with listed[0].path.open("ab") as stream:
+                struck.append(stream.write(b'{"text":"more"}\n'))
+
+    with pytest.raises(TransientError, match=r"changed while it was read.*2026-06-01"):
+        prepare_listed(listed, layout, workers=workers, on_progress=strike)
+    assert struck
     assert not published(layout)
 
 
