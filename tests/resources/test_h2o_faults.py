@@ -1,19 +1,13 @@
-"""What the first tests of the client leave out: outages, connections half dead, hostile answers, other editions."""
+"""Outages, connections half dead, hostile answers, other editions."""
 
 import socket
-import subprocess
-import sys
 import threading
 import time
-import zipfile
 from collections.abc import Callable
-from io import BytesIO
-from pathlib import Path
 
 import pytest
 
-from finetune.adapter_files import CONFIG_NAME
-from finetune.errors import ConfigurationError, FinetuneError, RemoteError, TrainingError
+from finetune.errors import ConfigurationError, RemoteError, TrainingError
 from finetune.progress import ProgressEvent
 from finetune.publishing import is_complete
 from finetune.training.models import TrainingRequest
@@ -23,14 +17,10 @@ from resources.h2o.protocol import Protocol, Timing
 from resources.h2o_trainer import H2OTrainer
 from tests.resources.h2o_server import (
     KEY,
-    Fault,
     H2OServer,
     Handler,
-    adapter_files,
-    archive,
     half_closes,
     says,
-    truncates,
 )
 from tests.resources.h2o_training import FAST, train, trainer_for
 
@@ -196,15 +186,6 @@ def test_a_key_in_the_target_of_a_redirect_is_not_repeated(server: H2OServer, re
         train(trainer_for(server), request_)
 
 
-def test_an_entity_tag_that_cannot_be_sent_back_costs_no_more_than_the_range(
-    server: H2OServer, request_: TrainingRequest
-) -> None:
-    server.etag, server.tells_sha256 = '"\u00e9"', False
-    server.faults["download"] = [truncates]
-    assert train(trainer_for(server), request_).status == "completed"
-    assert server.range_headers == [None, None]
-
-
 def test_halves_of_characters_in_a_servers_words_do_no_harm(server: H2OServer, request_: TrainingRequest) -> None:
     server.outcome = {"status": "failed", "error": "bad \ud800"}
     with pytest.raises(TrainingError, match=r"bad \\ud800") as caught:
@@ -257,43 +238,6 @@ def test_an_experiment_that_vanishes_leaves_its_last_words(server: H2OServer, re
     with pytest.raises(TrainingError, match=r"(?s)no such experiment.*epoch 1 of 9.*vanished"):
         train(trainer_for(server), request_)
     assert server.struck == ["poll", "poll"]
-
-
-def lying(name: str) -> bytes:
-    """An archive in which one file is larger than the directory says."""
-    buffer = BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as zipped:
-        for file, data in (adapter_files() | {name: bytes(3_000_000)}).items():
-            zipped.writestr(file, data)
-    content = buffer.getvalue()
-    true, told = (3_000_000).to_bytes(4, "little"), (30).to_bytes(4, "little")
-    assert content.count(true) == 2, "once beside the file, once in the directory"
-    content = content.replace(true, told)
-    with zipfile.ZipFile(BytesIO(content)) as zipped:
-        assert zipped.getinfo(name).file_size == 30
-    return content
-
-
-def test_a_file_larger_than_its_archive_says_fills_no_disk(server: H2OServer, request_: TrainingRequest) -> None:
-    server.archive = lying("adapter_model/training_log.jsonl")
-    with pytest.raises(FinetuneError, match=r"damaged|larger than announced"):
-        train(trainer_for(server), request_)
-    assert not request_.adapter_dir.exists()
-    assert sum(path.stat().st_size for path in request_.work_dir.rglob("*")) < 1_000_000
-
-
-@pytest.mark.parametrize("config", [b"[]", b"{", b"\xff", b"[" * 100_000])
-def test_a_configuration_that_is_none_is_refused(server: H2OServer, request_: TrainingRequest, config: bytes) -> None:
-    server.archive = archive(adapter_files() | {f"adapter_model/{CONFIG_NAME}": config})
-    with pytest.raises(TrainingError, match="configuration is no JSON"):
-        train(trainer_for(server), request_)
-    assert not request_.adapter_dir.exists()
-
-
-def test_a_training_log_that_is_none_costs_no_adapter(server: H2OServer, request_: TrainingRequest) -> None:
-    log = b"\xff\n[\n" + b"[" * 100_000 + b'\n{"step": 1, "loss": 2.5, "learning_rate": 0.1}\n'
-    server.archive = archive(adapter_files() | {"adapter_model/training_log.jsonl": log})
-    assert [point.loss for point in train(trainer_for(server), request_).loss_curve] == [2.5]
 
 
 def test_every_name_of_another_edition_is_a_setting(server: H2OServer, request_: TrainingRequest) -> None:
@@ -364,96 +308,3 @@ def test_every_name_of_another_edition_is_a_setting(server: H2OServer, request_:
     assert (result.final_loss, result.gpu_hours, result.training_steps) == (0.5, 0.5, 4)
     assert [event.total for event in events if event.stage == "remote training"] == [4] * 4
     assert server.calls.count("unknown") == 0
-
-
-STREAMING = """
-import resource, sys
-from pathlib import Path
-from tests.resources.h2o_server import KEY
-from tests.resources.h2o_training import request_in
-from resources.h2o.protocol import Timing
-from resources.h2o_trainer import H2OTrainer
-request = request_in(Path(sys.argv[2]))
-with request.dataset.train_path.open("wb") as file:
-    for _ in range(50):
-        file.write(b"x" * 999_999 + b"\\n")
-trainer = H2OTrainer(api_url=sys.argv[1], api_key=KEY, timing=Timing(poll=0.01))
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-before = peak()
-told = []
-def note(event):
-    told.append((event.stage, peak()))
-trainer.train(request, on_progress=note, on_external_run=lambda run, url: None)
-print([at for stage, at in told if stage == "downloading the adapter"][-1] - before)
-"""
-
-
-def test_neither_upload_nor_download_is_held_in_memory(server: H2OServer, tmp_path: Path) -> None:
-    buffer = BytesIO(archive(adapter_files()))
-    with zipfile.ZipFile(buffer, "a") as zipped:
-        zipped.writestr("adapter_model/large.txt", bytes(50_000_000), zipfile.ZIP_STORED)
-    server.archive = buffer.getvalue()
-    done = subprocess.run(
-        [sys.executable, "-c", STREAMING, server.url, str(tmp_path)],
-        cwd=Path(__file__).parents[2],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert len(server.uploaded["ds-1"]) == 50_000_000
-    assert float(done.stdout) < 20, "MB more than before, with 50 MB each way"
-
-
-def test_a_server_that_stored_other_bytes_is_not_trusted_with_a_training(
-    server: H2OServer, request_: TrainingRequest
-) -> None:
-    server.faults["upload"] = [says(201, b'{"id": "ds-1", "sha256": "' + b"0" * 64 + b'"}')] * 5
-    with pytest.raises(RemoteError, match=r"stored SHA-256 0000"):
-        train(trainer_for(server), request_)
-    assert server.struck == ["upload"] * 5
-    assert "create" not in server.calls
-
-
-def delivers(server: H2OServer, **headers: str) -> Fault:
-    """The archive, with these headers."""
-
-    def fault(handler: Handler) -> bool:
-        handler.reply(200, server.archive, {name.replace("_", "-"): value for name, value in headers.items()})
-        return True
-
-    return fault
-
-
-def test_a_hash_that_comes_with_the_download_counts_where_the_experiment_tells_none(
-    server: H2OServer, request_: TrainingRequest
-) -> None:
-    server.tells_sha256 = False
-    server.faults["download"] = [delivers(server, X_Checksum_Sha256="0" * 64)] * 2
-    with pytest.raises(RemoteError, match=rf"SHA-256 {server.sha256} instead of 0000.*twice"):
-        train(trainer_for(server), request_)
-    server.faults["download"] = [delivers(server, X_Checksum_Sha256=server.sha256)]
-    assert train(trainer_for(server), request_).status == "completed"
-    assert server.struck == ["download"] * 3
-
-
-def test_a_compressed_download_is_refused_since_its_size_and_ranges_would_be_of_something_else(
-    server: H2OServer, request_: TrainingRequest
-) -> None:
-    server.faults["download"] = [delivers(server, Content_Encoding="gzip")] * 5
-    with pytest.raises(RemoteError, match="compresses the download against our wish"):
-        train(trainer_for(server), request_)
-    assert server.struck == ["download"] * 5
-
-
-@pytest.mark.parametrize("content_range", ["", "bytes 999999-1000000/5", "bytes a-b/c", "lines 0-9/10"])
-def test_a_partial_answer_that_does_not_say_where_it_belongs_is_not_put_together(
-    server: H2OServer, request_: TrainingRequest, content_range: str
-) -> None:
-    def partial(handler: Handler) -> bool:
-        handler.reply(206, b"zip", {"Content-Range": content_range, "ETag": '"v1"'})
-        return True
-
-    server.faults["download"] = [truncates, partial]
-    assert train(trainer_for(server), request_).status == "completed"
-    assert server.struck == ["download", "download"]

@@ -1,40 +1,30 @@
+"""A training that is delegated: what goes to the server, what comes back, and what may go wrong in between."""
+
 import json
-import logging
-import os
-import ssl
-import stat
 import threading
-import warnings
-import zipfile
-from collections.abc import Callable
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import pytest
-import trustme
 
 from finetune.adapter_files import adapter_hash
-from finetune.errors import ConfigurationError, FinetuneError, RemoteError, StorageFullError, TrainingError
+from finetune.errors import ConfigurationError, FinetuneError, RemoteError, TrainingError
 from finetune.progress import ProgressEvent
-from finetune.publishing import is_complete, read_manifest
+from finetune.publishing import read_manifest
 from finetune.training.models import TrainingRequest
-from resources.h2o.protocol import Limits, Protocol, Timing
+from resources.h2o.protocol import Protocol, Timing
 from resources.h2o_trainer import H2OTrainer
 from resources.trainer import LoraTrainer
 from tests.resources import h2o_server
 from tests.resources.h2o_server import (
     KEY,
     H2OServer,
-    adapter_files,
     archive,
     drips,
-    flips_a_bit,
     loses_the_answer,
     resets,
     says,
-    truncates,
 )
 from tests.resources.h2o_training import FAST, train, trainer_for
 
@@ -282,242 +272,6 @@ def test_the_whole_takes_no_longer_than_it_may(server: H2OServer, request_: Trai
         train(trainer_for(server, total=0.3), request_)
 
 
-def test_a_download_that_breaks_off_is_continued_where_it_broke(server: H2OServer, request_: TrainingRequest) -> None:
-    server.faults["download"] = [truncates, truncates]
-    train(trainer_for(server), request_)
-    assert server.struck == ["download", "download"]
-    half = len(server.archive) // 2
-    assert server.range_headers == [None, f"bytes={half}-", f"bytes={half + (len(server.archive) - half) // 2}-"]
-
-
-def test_a_server_without_ranges_sends_everything_again(server: H2OServer, request_: TrainingRequest) -> None:
-    server.ranges = False
-    server.faults["download"] = [truncates]
-    train(trainer_for(server), request_)
-    assert server.struck == ["download"]
-    assert is_complete(request_.adapter_dir)
-
-
-def test_nothing_is_continued_where_nothing_would_show_a_change(server: H2OServer, request_: TrainingRequest) -> None:
-    server.etag, server.tells_sha256 = None, False
-    server.faults["download"] = [truncates]
-    train(trainer_for(server), request_)
-    assert server.range_headers == [None, None]
-
-
-def test_an_archive_that_changed_in_between_is_fetched_anew(server: H2OServer, request_: TrainingRequest) -> None:
-    def changes(handler: h2o_server.Handler) -> bool:
-        server.etag = '"v2"'
-        server.archive = archive({"adapter_model/README.md": b"newer", **adapter_files()})
-        return False
-
-    server.tells_sha256 = False
-    server.faults["download"] = [truncates, changes]
-    train(trainer_for(server), request_)
-    assert server.struck == ["download", "download"]
-    assert is_complete(request_.adapter_dir)
-
-
-def test_a_flipped_bit_is_noticed_and_fetched_again(server: H2OServer, request_: TrainingRequest) -> None:
-    server.faults["download"] = [flips_a_bit]
-    train(trainer_for(server), request_)
-    assert server.struck == ["download"]
-    assert server.calls.count("download") == 2
-
-
-def test_wrong_bytes_twice_are_an_error_and_nothing_is_published(server: H2OServer, request_: TrainingRequest) -> None:
-    server.faults["download"] = [flips_a_bit, flips_a_bit]
-    with pytest.raises(RemoteError, match=r"SHA-256.*twice"):
-        train(trainer_for(server), request_)
-    assert server.struck == ["download", "download"]
-    assert not request_.adapter_dir.exists()
-
-
-def test_an_archive_over_the_limit_is_refused_before_it_fills_the_disk(
-    server: H2OServer, request_: TrainingRequest
-) -> None:
-    with pytest.raises(TrainingError, match="over the limit of 100"):
-        train(trainer_for(server, limits=Limits(download_bytes=100)), request_)
-    assert not list(request_.work_dir.glob("adapter.zip*"))
-
-
-def test_a_full_disk_is_named_and_the_next_run_goes_on(server: H2OServer, request_: TrainingRequest) -> None:
-    part = request_.work_dir / "adapter.zip.part"
-    part.parent.mkdir()
-    part.symlink_to("/dev/full")
-    with pytest.raises(StorageFullError, match=r"adapter\.zip"):
-        train(trainer_for(server), request_)
-    assert not request_.adapter_dir.exists()
-    part.unlink()
-    assert train(trainer_for(server), request_).external_run_id == "exp/1"
-
-
-def hostile(change: Callable[[zipfile.ZipFile], None], files: dict[str, bytes] | None = None) -> bytes:
-    buffer = BytesIO(archive(files or adapter_files()))
-    with zipfile.ZipFile(buffer, "a") as zipped:
-        change(zipped)
-    return buffer.getvalue()
-
-
-def link(zipped: zipfile.ZipFile) -> None:
-    entry = zipfile.ZipInfo("adapter_model/special.json")
-    entry.external_attr = (stat.S_IFLNK | 0o777) << 16
-    zipped.writestr(entry, "/etc/passwd")
-
-
-def device(zipped: zipfile.ZipFile) -> None:
-    entry = zipfile.ZipInfo("adapter_model/special.json")
-    entry.external_attr = (stat.S_IFIFO | 0o666) << 16
-    zipped.writestr(entry, b"")
-
-
-def twice(zipped: zipfile.ZipFile) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        zipped.writestr("adapter_model/adapter_config.json", b"{}")
-
-
-def encrypted(content: bytes) -> bytes:
-    """The flag alone: the first two bytes after the versions, in every entry of the directory."""
-    changed = bytearray(content)
-    position = -1
-    while (position := changed.find(b"PK\x01\x02", position + 1)) >= 0:
-        changed[position + 8] |= 1
-    return bytes(changed)
-
-
-def bomb(zipped: zipfile.ZipFile) -> None:
-    zipped.writestr("adapter_model/zeros.json", bytes(5_000_000), zipfile.ZIP_DEFLATED)
-
-
-HOSTILE = {
-    "parent": (hostile(lambda z: z.writestr("../outside.json", b"x")), "leads out"),
-    "absolute": (hostile(lambda z: z.writestr("/tmp/outside.json", b"x")), "leads out"),
-    "backslash": (hostile(lambda z: z.writestr("..\\outside.json", b"x")), "leads out"),
-    "link": (hostile(link), "link or a device"),
-    "device": (hostile(device), "link or a device"),
-    "twice": (hostile(twice), "two files of one name"),
-    "encrypted": (encrypted(archive(adapter_files())), "encrypted"),
-    "pickle": (hostile(lambda z: z.writestr("adapter_model/optimizer.pt", b"x")), "no safetensors adapter has"),
-    "bomb": (hostile(bomb), "unpacked, over the limit"),
-    "many": (hostile(lambda z: [z.writestr(f"{n}.txt", b"") for n in range(60)] and None), "files, over the limit"),
-    "not-a-zip": (b"PK\x03\x04 but no more", "damaged"),
-    "no-adapter": (archive({"adapter_model/README.md": b"x"}), "0 directories"),
-    "two-adapters": (
-        archive(adapter_files() | {name.replace("adapter_", "x_", 1): c for name, c in adapter_files().items()}),
-        "2 directories",
-    ),
-    "other-rank": (archive(adapter_files(rank=8)), "r is 8 instead of 4"),
-    "imports": (
-        archive(adapter_files() | {"adapter_model/adapter_config.json": b'{"auto_mapping": {"parent_library": "os"}}'}),
-        "auto_mapping",
-    ),
-    "short-weights": (
-        archive(adapter_files() | {"adapter_model/adapter_model.safetensors": b"\xff\xff\x00\x00\x00\x00\x00\x00{}"}),
-        "weights are damaged",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_or_wrong_archive_is_refused_and_leaves_nothing(
-    server: H2OServer, request_: TrainingRequest, tmp_path: Path, name: str
-) -> None:
-    server.archive, message = HOSTILE[name]
-    before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(request_.work_dir)}
-    with pytest.raises(FinetuneError, match=message):
-        train(trainer_for(server, limits=Limits(unpacked_bytes=1_000_000, files=50)), request_)
-    after = {path for path in tmp_path.rglob("*") if not path.is_relative_to(request_.work_dir)}
-    assert after - before <= {request_.adapter_dir.parent}
-    assert not Path("/tmp/outside.json").exists()
-
-
-def test_the_key_does_not_follow_a_redirect_to_another_host(server: H2OServer, request_: TrainingRequest) -> None:
-    other = H2OServer()
-    other.key = "another"
-    try:
-        server.faults["download"] = [says(302, b"", Location=f"{other.url}/api/experiments/exp%2F1/download")]
-        other.experiments["exp/1"] = {"status": "finished"}
-        other.faults["download"] = [lambda handler: handler.download("exp%2F1") or True]
-        train(trainer_for(server), request_)
-        assert server.struck == ["download"]
-        assert other.calls == ["download"]
-        assert other.authorizations == [None]
-    finally:
-        other.close()
-
-
-def test_a_download_that_is_redirected_in_a_circle_is_an_error(server: H2OServer, request_: TrainingRequest) -> None:
-    server.faults["download"] = [says(302, b"", Location="download")] * 100
-    with pytest.raises(ConfigurationError, match="redirects in a circle"):
-        train(trainer_for(server), request_)
-    assert server.struck.count("download") > 5
-
-
-def test_a_download_is_not_followed_out_of_tls(
-    server: H2OServer, request_: TrainingRequest, authority: trustme.CA, tmp_path: Path
-) -> None:
-    plain = H2OServer()
-    try:
-        url = over_tls(server, authority, "127.0.0.1")
-        authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-        server.faults["download"] = [says(302, b"", Location=f"{plain.url}/adapter.zip")]
-        plain.faults["unknown"] = [lambda handler: handler.reply(200, server.archive) or True]
-        trainer = H2OTrainer(api_url=url, api_key=KEY, timing=Timing(**FAST), ca_file=str(tmp_path / "ca.pem"))
-        with pytest.raises(ConfigurationError, match="redirects the download to an unencrypted address"):
-            train(trainer, request_)
-        assert server.struck == ["download"]
-        assert plain.authorizations == [None]
-        assert not request_.adapter_dir.exists()
-    finally:
-        plain.close()
-
-
-@pytest.mark.parametrize("call", ["upload", "create", "poll"])
-def test_a_redirected_call_is_an_error_that_names_the_other_host(
-    server: H2OServer, request_: TrainingRequest, call: str
-) -> None:
-    server.faults[call] = [says(307, b"", Location="http://evil.invalid/api")]
-    with pytest.raises(ConfigurationError, match=r"redirects to evil\.invalid.*H2O_API_URL"):
-        train(trainer_for(server), request_)
-    assert server.struck == [call]
-
-
-def test_the_key_is_in_nothing_that_is_written_or_said(
-    server: H2OServer, request_: TrainingRequest, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.DEBUG)
-    events: list[ProgressEvent] = []
-    # A server that repeats what it was sent.
-    server.faults["poll"] = [says(500, f'{{"detail": "bad header Bearer {KEY}"}}'.encode())]
-    server.faults["create"] = [says(422, f"Authorization: Bearer {KEY}".encode())]
-    with pytest.raises(TrainingError, match=r"Bearer \*\*\*") as caught:
-        train(trainer_for(server), request_, events)
-    train(trainer_for(server), request_, events)
-    assert server.struck == ["create", "poll"]
-    assert KEY not in "".join(map(str, events)) + caplog.text + str(caught.value) + repr(trainer_for(server))
-    for path in tmp_path.rglob("*"):
-        assert not path.is_file() or KEY.encode() not in path.read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("url", "key", "names"),
-    [
-        ("https://user:pa55word@host", None, "H2O_API_URL"),
-        ("ftp://host", None, "H2O_API_URL"),
-        ("host:8080", None, "H2O_API_URL"),
-        ("https://host", "pa55word\nX-Evil: 1", "H2O_API_KEY"),
-        ("https://host", "pa55wordключ", "H2O_API_KEY"),
-    ],
-)
-def test_an_address_or_key_that_cannot_be_used_is_named_and_not_repeated(
-    request_: TrainingRequest, url: str, key: str | None, names: str
-) -> None:
-    with pytest.raises(ConfigurationError, match=names) as caught:
-        train(H2OTrainer(api_url=url, api_key=key), request_)
-    assert "pa55word" not in str(caught.value)
-
-
 def test_an_experiment_can_be_cancelled(server: H2OServer, request_: TrainingRequest) -> None:
     server.hold.clear()
     with pytest.raises(RemoteError):
@@ -569,56 +323,6 @@ def test_peft_loads_what_arrived_and_computes_the_same(
     assert torch.equal(arrived, expected)
     assert not torch.allclose(arrived, plain)
     assert result.adapter_hash == adapter_hash(tmp_path / "trained")
-
-
-@pytest.fixture
-def authority() -> trustme.CA:
-    return trustme.CA()
-
-
-def over_tls(server: H2OServer, authority: trustme.CA, name: str) -> str:
-    """Let the server speak TLS with a certificate for `name`; returns its new address."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    authority.issue_cert(name).configure_cert(context)
-    # The handshake is the connection's thread's, so that a refused one does not end the listener.
-    server.listener.socket = context.wrap_socket(
-        server.listener.socket, server_side=True, do_handshake_on_connect=False
-    )
-    return server.url.replace("http:", "https:")
-
-
-def test_a_certificate_of_a_private_authority_is_trusted_by_setting_alone(
-    server: H2OServer, request_: TrainingRequest, authority: trustme.CA, tmp_path: Path
-) -> None:
-    url = over_tls(server, authority, "127.0.0.1")
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    timing = Timing(**FAST)
-    with pytest.raises(ConfigurationError, match=r"not trusted: unable to get local issuer.*H2O_CA_FILE"):
-        train(H2OTrainer(api_url=url, api_key=KEY, timing=timing), request_)
-    assert server.calls == []
-    trusted = H2OTrainer(api_url=url, api_key=KEY, timing=timing, ca_file=str(tmp_path / "ca.pem"))
-    assert train(trusted, request_).status == "completed"
-
-
-def test_a_trusted_certificate_for_another_name_is_refused_before_the_key_is_sent(
-    server: H2OServer, request_: TrainingRequest, authority: trustme.CA, tmp_path: Path
-) -> None:
-    url = over_tls(server, authority, "h2o.internal")
-    authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
-    with pytest.raises(ConfigurationError, match="not trusted: IP address mismatch"):
-        train(H2OTrainer(api_url=url, api_key=KEY, timing=Timing(**FAST), ca_file=str(tmp_path / "ca.pem")), request_)
-    assert server.calls == []
-
-
-def test_a_missing_authority_file_is_named(request_: TrainingRequest) -> None:
-    with pytest.raises(ConfigurationError, match=r"/nowhere/ca\.pem.*H2O_CA_FILE"):
-        train(H2OTrainer(api_url="https://127.0.0.1:1", ca_file="/nowhere/ca.pem"), request_)
-
-
-def test_the_key_may_come_from_a_file_with_a_line_break(server: H2OServer, request_: TrainingRequest) -> None:
-    trainer = H2OTrainer(api_url=server.url, api_key=f"{KEY}\n", timing=Timing(**FAST))
-    assert train(trainer, request_).status == "completed"
-    assert os.environ.get("H2O_API_KEY") is None
 
 
 def test_it_serves_as_a_dagster_resource_and_its_key_stays_out_of_the_run(
