@@ -1,4 +1,4 @@
-"""`lora-assets dataset prepare` and `analyze`: what the assets do, for any directory, and as JSON for machines."""
+"""`lora-assets dataset`: what the assets do, for any directory, and as JSON for machines."""
 
 import json
 from pathlib import Path
@@ -8,8 +8,11 @@ import dagster as dg
 import pytest
 from typer.testing import CliRunner
 
+from finetune.adapter_files import WEIGHTS_NAME, adapter_hash
 from finetune.base_model.models import BaseModelRef
 from finetune.chat.encode import RecordEncoder
+from finetune.layout import DataLayout
+from finetune.registry.store import register_adapter
 from lora_assets.assets import dataset
 from lora_assets.cli.app import app
 from lora_assets.partitions import dataset_dates
@@ -119,3 +122,52 @@ def test_no_size_of_sample_changes_a_figure(root: Path, tiny_model: BaseModelRef
     assert small == large
     assert small["max_tokens"] == len(longest.input_ids)
     assert small["longest"][0]["where"] == "long.jsonl:1100"
+
+
+def test_versions_are_listed_that_learned_a_duplicate_of_what_is_deleted_or_went_on_from_one_that_did(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    monkeypatch.setenv("DATA_ROOT", str(root))
+    layout = DataLayout(root)
+    export = layout.exports / f"brain_dataset_{DATE}.jsonl"
+    # Not the id of the record that was kept, but of an equal one in another export.
+    export.write_text(export.read_text() + "".join(f'\n{{"id":"again-{n}","text":"record  {n}"}}' for n in range(40)))
+    told = invoke("prepare", layout.exports, root)
+    learned = json.loads(Path(told["path"], "train.jsonl").read_text().partition("\n")[0])
+    lineages: list[dict[str, Any]] = [
+        {"dataset_fingerprint": told["fingerprint"]},
+        {"dataset_fingerprint": "other"},
+        {"dataset_fingerprint": "other", "continued": {"version": "v1"}},
+    ]
+    for number, lineage in enumerate(lineages):
+        adapter = root / f"adapter-{number}"
+        adapter.mkdir()
+        save_file({"a": np.full(9, number, np.float32)}, adapter / WEIGHTS_NAME)
+        (adapter / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+        register_adapter(
+            layout.registry,
+            adapter_path=adapter,
+            adapter_hash=adapter_hash(adapter),
+            trial_id="t",
+            run_id=f"run{number}",
+            metrics={},
+            tags={},
+            lineage=lineage,
+        )
+    entries = root / "deletions.txt"
+    entries.write_text(f"again-{learned['id']}\n")
+
+    found = invoke("deletions", "--list", entries)
+
+    assert found["versions"] == ["v1", "v3"]
+    [dataset] = found["datasets"]
+    assert (dataset["path"], dataset["train_lines"], dataset["versions"]) == (told["path"], [1], ["v1"])
+    # Whatever is prepared from now on does not hold it.
+    monkeypatch.setenv("DELETION_LIST", str(entries))
+    after = invoke("prepare", layout.exports, root)
+    assert after["counts"]["removed"] == 2
+    assert json.dumps(learned, separators=(",", ":")) not in Path(after["path"], "train.jsonl").read_text()
+    assert json.dumps(learned, separators=(",", ":")) in Path(told["path"], "train.jsonl").read_text()

@@ -101,6 +101,18 @@ def test_records_that_do_not_count_are_near_to_nothing() -> None:
     ]
 
 
+@pytest.mark.parametrize("drop", [False, True])
+def test_a_record_that_was_dropped_leaks_nothing(drop: bool) -> None:
+    sets = [frozenset({"a b c", "b c d"})] * 3
+    hashes = np.frombuffer(b"".join(map(bands, sets)), "<u8").reshape(-1, BANDS)
+    found = find_near_duplicates(
+        [hashes], np.ones(3, np.bool_), np.array([False, True, True]), sets.__getitem__, threshold=1, drop=drop
+    )
+    leaks = [(1, 0)] if drop else [(1, 0), (2, 0)]
+    assert [(pair.record, pair.other) for pair in found if pair.across] == leaks
+    assert [(pair.record, pair.other) for pair in found if not pair.across] == [(2, 1)]
+
+
 def test_records_of_one_template_are_not_all_compared_with_all(monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
 

@@ -182,3 +182,14 @@ def test_a_line_just_at_the_limit_is_kept_and_one_byte_more_is_not(tmp_path: Pat
 
     assert kept == [exact]
     assert [reject["reason"] for reject in rejects] == ["over_long"]
+
+
+@pytest.mark.parametrize("line", [b"\xef\xbb\xbf" + GOOD, b'{"text":"\\\\u0000"}'])
+@pytest.mark.parametrize("longer", [0, 1])
+def test_the_limit_is_the_same_for_lines_that_are_looked_at_twice(tmp_path: Path, line: bytes, longer: int) -> None:
+    limits = Limits(max_line_bytes=len(line) - longer, max_depth=5)
+
+    kept, rejects, _ = scan(tmp_path, line + b"\n" + line, limits)
+
+    assert len(kept) == (0 if longer else 2)
+    assert [reject["reason"] for reject in rejects] == ["over_long"] * (2 * longer)
