@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import functools
 import json
@@ -48,6 +49,18 @@ def print_table(title: str | None, columns: list[str], rows: list[list[str]]) ->
     # A log file is read in a window wider than the 80 columns that stand for "unknown".
     console.width = console.width if console.is_terminal else max(console.width, 120)
     console.print(table)
+
+
+def iso_date(option: str, text: str) -> str:
+    """A date in one of ISO 8601's forms as ``2026-06-01``.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    try:
+        return datetime.date.fromisoformat(text).isoformat()
+    except ValueError as error:
+        raise ConfigurationError(f"{option} {text} is no date: {error}", remedy="Write it as 2026-06-01") from error
 
 
 def read_model(path: Path, model: type[Model]) -> Model:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import functools
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -12,7 +11,7 @@ import typer
 from finetune.dataset.discovery import ExportFile, discover_exports
 from finetune.errors import ConfigurationError, DatasetError, FinetuneError
 from lora_assets.catch_up import CatchUp, catch_up
-from lora_assets.cli.console import EXIT_TRANSIENT, Json, P, err, out, plain_errors, print_json, print_table
+from lora_assets.cli.console import EXIT_TRANSIENT, Json, P, err, iso_date, out, plain_errors, print_json, print_table
 from lora_assets.freshness import DateState, date_states
 from lora_assets.settings import Settings, load_settings
 
@@ -81,7 +80,7 @@ def backfill(
     A range that was interrupted goes on where it stood when the command is given again: dates that are current
     are passed over. Exits as `run` does.
     """
-    first, last = _date("--from", since), _date("--to", until)
+    first, last = iso_date("--from", since), iso_date("--to", until)
     if first > last:
         raise ConfigurationError(f"--from {first} is after --to {last}", remedy="Exchange them")
     settings = load_settings()
@@ -115,13 +114,6 @@ def find_states(settings: Settings) -> list[DateState]:
         DatasetError: the directory cannot be read, or holds no export.
     """
     return date_states(settings, find_exports(settings))
-
-
-def _date(option: str, text: str) -> str:
-    try:
-        return datetime.date.fromisoformat(text).isoformat()
-    except ValueError as error:
-        raise ConfigurationError(f"{option} {text} is no date: {error}", remedy="Write it as 2026-06-01") from error
 
 
 def show_or_make(

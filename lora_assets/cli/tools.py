@@ -16,7 +16,7 @@ from finetune.dataset.discovery import discover_exports
 from finetune.errors import ConfigurationError
 from finetune.planning.models import TrainableMethod
 from finetune.progress import Progress, ProgressEvent, ignore_progress
-from lora_assets.cli.console import Json, err, plain_errors, print_json, print_table, read_model
+from lora_assets.cli.console import Json, err, iso_date, plain_errors, print_json, print_table, read_model
 from lora_assets.settings import Quantization, load_settings
 
 BaseModelOption = Annotated[
@@ -52,7 +52,7 @@ def prepare(
         raise DatasetError(f"no file is named {settings.pattern}", where=source, remedy="Set EXPORTS_PATTERN")
     prepared = prepare_dataset(
         files,
-        date=date or files[-1].date,
+        date=iso_date("--date", date) if date else files[-1].date,
         layout=DataLayout(output.absolute(), settings.pipeline_name),
         parameters=settings.prepare_parameters,
         workers=workers,

@@ -106,6 +106,18 @@ def test_the_command_and_the_assets_prepare_and_profile_the_same(
     assert "data:image/png;base64," in shown["token_histogram"]
 
 
+def test_a_date_is_a_day_and_nothing_later_is_trained_on(root: Path) -> None:
+    source, output = root / "datasets" / "brain", root / "out"
+    for date in ("2026-06-01", "20260601"):
+        told = invoke("prepare", source, output, "--date", date)
+        assert (told["date"], told["window_dates"]) == ("2026-06-01", ["2026-06-01"])
+    for date in ("2026-6-1", "2026-06-31", "yesterday"):
+        refused = CliRunner().invoke(app, ["dataset", "prepare", str(source), str(output), "--date", date])
+        assert refused.exit_code == 1
+        assert f"--date {date} is no date" in " ".join(refused.output.split())
+    assert [path.name for path in (output / "prepared" / "brain").glob("[!.]*")] == ["2026-06-01"]
+
+
 def test_no_size_of_sample_changes_a_figure(root: Path, tiny_model: BaseModelRef) -> None:
     path = root / "long.jsonl"
     records = [{"prompt": f"q {n}", "completion": "слово"} for n in range(1100)]
