@@ -23,7 +23,9 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def materialize(monkeypatch: pytest.MonkeyPatch, root: Path, **settings: Any) -> dict[str, Any]:
+def materialize(
+    monkeypatch: pytest.MonkeyPatch, root: Path, config: dict[str, Any] | None = None, **settings: Any
+) -> dict[str, Any]:
     monkeypatch.setattr(dataset, "SETTINGS", Settings(data_root=root, **settings))
     with dg.DagsterInstance.ephemeral() as instance:
         instance.add_dynamic_partitions(str(dataset_dates.name), [DATE])
@@ -31,6 +33,7 @@ def materialize(monkeypatch: pytest.MonkeyPatch, root: Path, **settings: Any) ->
             [dataset.merged_dataset],
             instance=instance,
             partition_key=DATE,
+            run_config={"ops": {"brain__merged_dataset": {"config": config or {}}}},
             resources={
                 "store": ArtifactStore(data_root=str(root), pipeline="brain"),
                 "io_manager": ValueStore(directory=str(root / "assets")),
@@ -66,3 +69,21 @@ def test_what_is_left_out_is_shown(monkeypatch: pytest.MonkeyPatch, root: Path) 
     assert metadata["lines"] == metadata["dagster/row_count"] + sum(metadata[name] for name in left_out) == 64
     # One of them was dropped, or the two stand on different sides.
     assert metadata["near_duplicates_found"] + metadata["near_leaks"] == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "dates"),
+    [
+        ({}, "2026-05-01, 2026-05-20, 2026-06-01"),
+        ({"window": "last:2"}, "2026-05-20, 2026-06-01"),
+        ({"window": "date", "eval_fraction": 0.5}, "2026-06-01"),
+    ],
+)
+def test_window_and_share_held_out_are_chosen_for_a_run(
+    monkeypatch: pytest.MonkeyPatch, root: Path, config: dict[str, Any], dates: str
+) -> None:
+    for date in ("2026-05-01", "2026-05-20", "2026-06-02"):
+        (root / "datasets" / "brain" / f"brain_dataset_{date}.jsonl").write_text(f'{{"text":"of {date}"}}\n')
+    metadata = materialize(monkeypatch, root, config)
+    assert metadata["window_dates"] == dates
+    assert (metadata["eval"] > 15) == ("eval_fraction" in config)

@@ -106,7 +106,7 @@ def test_the_command_and_the_assets_prepare_and_profile_the_same(
     assert "data:image/png;base64," in shown["token_histogram"]
 
 
-def test_a_date_is_a_day_and_nothing_later_is_trained_on(root: Path) -> None:
+def test_a_date_is_a_day_and_nothing_later_is_trained_on(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = root / "datasets" / "brain", root / "out"
     for date in ("2026-06-01", "20260601"):
         told = invoke("prepare", source, output, "--date", date)
@@ -116,6 +116,9 @@ def test_a_date_is_a_day_and_nothing_later_is_trained_on(root: Path) -> None:
         assert refused.exit_code == 1
         assert f"--date {date} is no date" in " ".join(refused.output.split())
     assert [path.name for path in (output / "prepared" / "brain").glob("[!.]*")] == ["2026-06-01"]
+    assert invoke("prepare", source, output)["window_dates"] == ["2026-06-01", DATE]
+    monkeypatch.setenv("DATASET_WINDOW", "date")
+    assert invoke("prepare", source, output)["window_dates"] == [DATE]
 
 
 def test_no_size_of_sample_changes_a_figure(root: Path, tiny_model: BaseModelRef) -> None:

@@ -183,6 +183,20 @@ def test_records_never_change_sides_when_other_files_come_or_go(
     assert not before[1] & after[0]
 
 
+@settings(FAST, max_examples=4)
+@given(files, st.integers(1, 400), st.integers(2, 4))
+def test_processes_of_any_number_and_a_repeated_run_give_the_same_bytes_of_any_corpus(
+    corpus: list[tuple[list[bytes], bytes, bool]], range_bytes: int, workers: int
+) -> None:
+    with exports(corpus) as layout:
+        alone = run(layout)
+        expected = outputs(alone)
+        for _ in range(2):
+            shutil.rmtree(layout.root / "prepared")
+            assert run(layout, range_bytes=range_bytes, workers=workers) == alone
+            assert outputs(alone) == expected
+
+
 def test_processes_of_any_number_give_the_same_bytes(prepare: Any, pairs: Any, layout: DataLayout) -> None:
     corpus = {
         f"brain_dataset_2026-06-0{day}.jsonl": pairs(*range(day * 40, day * 40 + 60)) + b"\xff\n{}\n\n" + b"z" * 900
