@@ -82,7 +82,7 @@ def export_samples(
 
     Raises:
         ConfigurationError: the URL is none of PostgreSQL's, or there is no such table or column.
-        DatasetError: a value cannot be written as JSON.
+        DatasetError: a value cannot be read, or not be written as JSON.
         RemoteError: the server does not answer.
         StorageFullError: the disk is full.
     """
@@ -151,6 +151,13 @@ def _connected(url: str) -> Iterator[Connection]:
             where=where,
             remedy="Check the user's rights, SAMPLES_TABLE, SAMPLES_COLUMNS and SAMPLES_TIME_COLUMN",
         ) from None
+    except ValueError as error:
+        # The server knows times that Python does not, such as those before the year 1.
+        raise DatasetError(
+            f"a sample has a value that cannot be read: {error}",
+            where="SAMPLES_COLUMNS",
+            remedy="Correct the row, or choose other columns",
+        ) from error
 
 
 def _parsed(url: str) -> URL:

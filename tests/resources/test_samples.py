@@ -246,6 +246,14 @@ def test_what_a_killed_export_left_is_removed_a_day_later(export: Export, execut
     assert leftovers(path) == [young]
 
 
+def test_a_time_that_python_does_not_know_is_an_error(export: Export, execute: Execute, path: Path) -> None:
+    insert(execute, "2026-06-01T12:00:00Z")
+    execute("UPDATE brain_training_samples SET local_time = '0044-03-15 BC'")
+    with pytest.raises(DatasetError, match="cannot be read: year -44"):
+        export(table={"columns": {**COLUMNS, "at": "local_time"}})
+    assert not leftovers(path)
+
+
 def test_an_empty_range_and_a_server_that_is_not_there_are_clear_errors(tmp_path: Path, export: Export) -> None:
     with pytest.raises(ConfigurationError, match="nothing lies between"):
         export(until=SINCE)
