@@ -15,9 +15,19 @@ from typing import Any
 
 from finetune.dataset.rules import RejectedError
 
-_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|NaN|-?Infinity|-?\d[\d.eE+-]*', re.DOTALL)
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"?|NaN|-?Infinity|-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?', re.DOTALL)
 _STRING_OR_BRACKET = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.DOTALL)
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise OverflowError(number)
+    return value
+
+
+_DECODER = json.JSONDecoder(parse_constant=_finite, parse_int=_finite, parse_float=_finite)
 
 
 def diagnose(line: bytes, *, terminated: bool, max_depth: int) -> Any:
@@ -44,7 +54,7 @@ def diagnose(line: bytes, *, terminated: bool, max_depth: int) -> Any:
     if text.count("{") + text.count("[") > max_depth:
         check_depth(line, max_depth)
     try:
-        value = json.loads(text, parse_constant=_finite, parse_int=_finite, parse_float=_finite)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         position = _byte_position(text, error.pos)
         if not terminated:
@@ -75,13 +85,6 @@ def check_depth(line: bytes, max_depth: int) -> None:
                 raise RejectedError("too_deep", position=token.start())
         elif token[0] in b"]}":
             depth -= 1
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if not math.isfinite(value):
-        raise OverflowError(number)
-    return value
 
 
 def _first_non_finite(text: str) -> int | None:

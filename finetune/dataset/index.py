@@ -32,8 +32,6 @@ from finetune.progress import Progress, ProgressEvent
 from finetune.publishing import publish_directory, read_manifest, sha256_json
 
 _KIND = "export-index"
-# What `finetune.dataset.scan.RECORD` packs, as columns.
-_COLUMNS = np.dtype([("content", "<u8", (2,)), ("prompt", "<u8"), ("offset", "<u8"), ("length", "<u4")])
 
 
 @dataclass(frozen=True)
@@ -64,8 +62,8 @@ class FileIndex:
     def rows(self) -> npt.NDArray[np.void]:
         """The records' ``content``, ``prompt``, ``offset`` and ``length``, mapped from the disk."""
         if not self.records:
-            return np.empty(0, _COLUMNS)
-        return np.memmap(self.path / "records.bin", _COLUMNS, mode="r")
+            return np.empty(0, RECORD)
+        return np.memmap(self.path / "records.bin", RECORD, mode="r")
 
     def keys(self) -> npt.NDArray[np.void]:
         """The records' ``arrived``, ``id`` and ``quality``, mapped from the disk; screened exports alone have them."""
@@ -205,7 +203,7 @@ def _write(directory: Path, scans: Iterable[RangeScan]) -> dict[str, object]:
                 screened.write(scan.screened, lines, records)
             lines += scan.lines
             blank += scan.blank
-            records += len(scan.records) // RECORD.size
+            records += len(scan.records) // RECORD.itemsize
             reasons += scan.reasons
     return {
         "lines": lines,

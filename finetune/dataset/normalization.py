@@ -6,17 +6,21 @@ is none at a text's ends.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
+import numpy.typing as npt
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from finetune.dataset.rules import CHAT_ROLES, Turn
 
 _ROLES = {role: role.encode() for role in (*CHAT_ROLES, "text")}
-_PROMPT_ROLES = (b"user", b"text")
+_PROMPT_ROLES = ("user", "text")
 _SPACE = ord(" ")
-_NO_UTF8 = 0xFF
+# A byte that no text holds.
+NO_UTF8 = 0xFF
 
 
 def normalized(text: str) -> bytes:
@@ -30,63 +34,108 @@ def content_key(turns: list[Turn]) -> tuple[bytes, bytes]:
     The content is role and text of all turns, whatever the record's format; NUL, which no record may
     hold, stands between them. The prompt is the first user turn, or all of a plain text.
     """
-    folded = [(role.encode(), normalized(text)) for role, text in turns]
-    prompt = next(text for role, text in folded if role in _PROMPT_ROLES)
-    return b"\0".join([part for turn in folded for part in turn]), prompt
+    folded = [(_ROLES[role], normalized(text)) for role, text in turns]
+    return b"\0".join([part for turn in folded for part in turn]), folded[_asked(turns)][1]
+
+
+class Hashes(NamedTuple):
+    """XXH3 of the contents, of shape (records, 2), and of the prompts of records."""
+
+    contents: npt.NDArray[np.uint64]
+    prompts: npt.NDArray[np.uint64]
 
 
 class Contents:
     """The content keys of many records: white space is folded in all of them at once.
 
-    This takes a fifth of the time of splitting one text after the other at its spaces.
+    This takes a tenth of the time of splitting one text after the other at its spaces.
     """
 
     def __init__(self) -> None:
-        # Roles and texts of all records, and how many of them there were after each record.
+        # Roles and texts of all records; of each record the number of its first one, and that of its prompt.
         self._parts: list[bytes] = []
-        self._counts: list[int] = []
+        self._first: list[int] = []
+        self._asked: list[int] = []
 
     def add(self, turns: list[Turn]) -> None:
         """Take a record."""
+        self._first.append(len(self._parts))
+        self._asked.append(len(self._parts) + 2 * _asked(turns) + 1)
         for role, text in turns:
             self._parts += (_ROLES[role], _composed(text))
-        self._counts.append(len(self._parts))
 
-    def keys(self) -> Iterator[tuple[bytes, bytes]]:
-        """The `content_key` of each record, in the order in which they were added.
+    def hashes(self) -> Hashes:
+        """Of each record's `content_key`, in the order in which they were added.
 
         Raises:
             ValueError: a text holds NUL.
         """
-        folded, ends = _folded(bytearray(b"\0").join([*self._parts, b""]))
-        if len(ends) != len(self._parts):
-            raise ValueError("a text holds NUL")
-        start = first = 0
-        for count in self._counts:
-            asked = first
-            while self._parts[asked] not in _PROMPT_ROLES:
-                asked += 2
-            end = ends[count - 1]
-            yield folded[start:end], folded[ends[asked] + 1 : ends[asked + 1]]
-            start, first = end + 1, count
+        return hashed(bytearray(b"\0").join([*self._parts, b""]), len(self._parts), self._first, self._asked)
+
+
+def hashed(texts: bytearray, parts: int, first: npt.ArrayLike, asked: npt.ArrayLike) -> Hashes:
+    """The hashes of records' content keys.
+
+    Args:
+        texts: roles and texts in NFC, each with NUL behind it; they are changed.
+        parts: how many there are.
+        first: the number of each record's first role.
+        asked: the number of each record's prompt.
+
+    Raises:
+        ValueError: a text holds NUL.
+    """
+    if not parts:
+        return Hashes(np.empty((0, 2), np.uint64), np.empty(0, np.uint64))
+    folded, ends = _folded(texts)
+    if len(ends) != parts:
+        raise ValueError("a text holds NUL")
+    starts = np.append(0, ends + 1)
+    view, bounds = memoryview(folded), [*starts[np.asarray(first)].tolist(), int(starts[-1])]
+    contents = b"".join([xxh3_128_digest(view[start : end - 1]) for start, end in pairwise(bounds)])
+    asked = np.asarray(asked)
+    prompts = zip(starts[asked].tolist(), ends[asked].tolist(), strict=True)
+    return Hashes(
+        np.frombuffer(contents, "<u8").reshape(-1, 2),
+        np.array([xxh3_64_intdigest(view[start:end]) for start, end in prompts], np.uint64),
+    )
+
+
+def _asked(turns: list[Turn]) -> int:
+    for number, (role, _) in enumerate(turns):
+        if role in _PROMPT_ROLES:
+            return number
+    raise ValueError("a record without a prompt")
 
 
 def _composed(text: str) -> bytes:
     return (text if text.isascii() else normalize("NFC", text)).encode()
 
 
-def _folded(texts: bytearray) -> tuple[bytes, list[int]]:
+def _folded(texts: bytearray) -> tuple[bytearray, npt.NDArray[np.intp]]:
     """Texts that all end with NUL, with their white space folded, and where they end now."""
     characters = np.frombuffer(texts, np.uint8)
+    # What may have to change: what is neither printed nor a space, and spaces before such or before a space.
+    low = characters <= _SPACE
+    unusual = characters < _SPACE
+    unusual[:-1] |= low[:-1] & low[1:]
+    places = np.flatnonzero(unusual)
+    found = characters[places]
+    ends = places[found == 0]
     # The five other kinds of white space follow one another.
-    characters[np.flatnonzero((characters - np.uint8(ord("\t"))) < 5)] = _SPACE
+    white = places[(found == _SPACE) | ((found - np.uint8(ord("\t"))) < 5)]
+    characters[white] = _SPACE
     # Of each run the last one stays, but not at the end of a text. (But for one bit, NUL and space are the same.)
-    dropped = characters == _SPACE
-    dropped[:-1] &= (characters[1:] & ~np.uint8(_SPACE)) == 0
-    characters = characters[~dropped]
-    ends = np.flatnonzero(characters == 0)
-    leading = ends[:-1] + 1
-    leading = leading[characters[leading] == _SPACE]
-    characters[leading] = _NO_UTF8
-    ends -= np.searchsorted(leading, ends)
-    return characters.tobytes().replace(bytes([_NO_UTF8]), b""), ends.tolist()
+    texts, ends = _without(texts, white[(characters[white + 1] & ~np.uint8(_SPACE)) == 0], ends)
+    characters = np.frombuffer(texts, np.uint8)
+    leading = np.append(0, ends[:-1] + 1)
+    return _without(texts, leading[characters[leading] == _SPACE], ends)
+
+
+def _without(
+    texts: bytearray, places: npt.NDArray[np.intp], ends: npt.NDArray[np.intp]
+) -> tuple[bytearray, npt.NDArray[np.intp]]:
+    if not len(places):
+        return texts, ends
+    np.frombuffer(texts, np.uint8)[places] = NO_UTF8
+    return texts.replace(bytes([NO_UTF8]), b""), ends - np.searchsorted(places, ends)

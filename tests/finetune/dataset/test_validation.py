@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 import pytest
 from xxhash import xxh3_64_intdigest
@@ -20,7 +21,8 @@ def scan(directory: Path, content: bytes, limits: Limits = LIMITS) -> tuple[list
     path = directory / "export.jsonl"
     path.write_bytes(content)
     found = scan_range(RangeTask(path, len(content), 0, len(content), xxh3_64_intdigest(content), limits))
-    rows = [(offset, length) for _, _, offset, length in RECORD.iter_unpack(found.records)]
+    records = np.frombuffer(found.records, RECORD)
+    rows = list(zip(records["offset"].tolist(), records["length"].tolist(), strict=True))
     rejects = [
         {"line": line + 1, **orjson.loads(reject)}
         for line, reject in zip(found.reject_lines, found.rejects, strict=True)
@@ -61,6 +63,7 @@ ASSISTANT = {"role": "assistant", "content": "a"}
         (b'{"instruction":"a","output":"b","score":NaN}', "non_finite_number", None, 40),
         (b'{"instruction":"NaN","output":"b","score":-Infinity}', "non_finite_number", None, 42),
         (b'{"instruction":"a","output":"b","score":[1,1e999]}', "non_finite_number", None, 43),
+        (b'{"instruction":"a","output":"b","score":1e999e9}', "non_finite_number", None, 40),
         (b'{"x":[[[[[]]]]],"x":1,"text":"a"}', "too_deep", None, 9),
         (b'{"instruction":"a","output":"b","x":[[[[[1]]]]]}', "too_deep", None, 40),
         (b"[" * 300, "too_deep", None, 5),

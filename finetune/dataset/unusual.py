@@ -1,0 +1,100 @@
+"""Which lines of a range have to be looked at one by one: found in all of them at once, by passes over their bytes.
+
+Usual is a line whose characters are valid UTF-8 that is in NFC whatever their order, without escapes that are
+numbers, without numbers that may be too large for a double, neither over-long nor deeply nested. Those
+characters are those up to U+02FF, from U+0380 to U+057F but for some, from U+4000 to U+9FFF, from U+1F000 to U+1FFFF,
+and common symbols (see `_AFTER_E2`). Lines with others are looked at in another way, which is slower.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+Places = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+# The lengths of usual characters but for Latin and most Cyrillic ones, by their first byte.
+_LENGTHS = np.zeros(256, np.uint8)
+_LENGTHS[[0xCE, 0xCF, *range(0xD2, 0xD6)]] = 2
+_LENGTHS[[0xE2, *range(0xE4, 0xEA)]] = 3
+_LENGTHS[0xF0] = 4
+# What may follow E2: U+2002 to U+203F, U+2080 to U+20BF, U+2180 to U+22FF and U+2340 to U+27FF.
+_AFTER_E2 = np.zeros(256, np.bool_)
+_AFTER_E2[[0x80, 0x82, *range(0x86, 0x8C), *range(0x8D, 0xA0)]] = True
+_WORD = 64
+# A double may hold less than 309 digits before its point; with these, and less than a hundred more, it holds all.
+_FEW_DIGITS = 3 * _WORD
+
+
+def unusual_lines(characters: Bytes, ends: Places, *, max_line_bytes: int, max_depth: int) -> Flags:
+    """Which lines are not usual, and perhaps some that are.
+
+    Args:
+        characters: the lines, each with its line feed.
+        ends: where each line ends, behind its line feed.
+        max_line_bytes: the length of a line, without its line feed, from which on it is not usual.
+        max_depth: how many objects and arrays may begin in a usual line.
+    """
+    sizes = np.diff(ends, prepend=0)
+    lowered = characters | np.uint8(0x20)
+    unusual = (sizes - 1 > max_line_bytes) | (_opened(lowered, ends - sizes, ends) > max_depth)
+    places = np.concatenate([*_characters(characters), _numeric_escapes(characters), *_numbers(characters, lowered)])
+    unusual[np.searchsorted(ends, places, side="right")] = True
+    return unusual
+
+
+def _opened(lowered: Bytes, starts: Places, ends: Places) -> Places:
+    """How many brackets and braces open in each line, those counted too that share a word with its first or last."""
+    # (Brackets and braces differ in one bit.)
+    opening = np.zeros(-(-len(lowered) // _WORD) * _WORD, np.bool_)
+    np.equal(lowered, ord("{"), out=opening[: len(lowered)])
+    counts = np.bitwise_count(np.packbits(opening).view(np.uint64))
+    before: Places = np.append(0, np.cumsum(counts, dtype=np.int64))
+    opened: Places = before[-(-ends // _WORD)] - before[starts // _WORD]
+    return opened
+
+
+def _characters(characters: Bytes) -> list[Places]:
+    """Where characters are that are not usual, or not characters."""
+    two = (characters - np.uint8(0xC2) < 10) | (characters & 0xFE == 0xD0)
+    rare = np.flatnonzero((characters >= 0xC0) > two)
+    # Where a character goes on and must not, or must and does not. (As signed numbers, 80 to BF are the least.)
+    wrong = np.zeros(len(characters) + 3, np.bool_)
+    wrong[0] = 0x80 <= characters[0] < 0xC0
+    np.not_equal(characters[1:].view(np.int8) < -64, two[:-1], out=wrong[1 : len(characters)])
+    unusual = []
+    if len(rare):
+        leads, second = characters[rare], characters[rare + 1]
+        third = characters[np.minimum(rare + 2, len(characters) - 1)]
+        lengths = _LENGTHS[leads]
+        for length in (2, 3, 4):
+            wrong[rare[lengths >= length] + length - 1] ^= True
+        odd = lengths == 0
+        odd |= (leads == 0xCE) & (second == 0x87)
+        odd |= (leads == 0xD2) & (second < 0x8A)
+        odd |= (leads == 0xE2) & ~(_AFTER_E2[second] & ((second != 0x80) | (third >= 0x82)))
+        odd |= (leads == 0xF0) & (second != 0x9F)
+        unusual.append(rare[odd])
+    return [*unusual, np.flatnonzero(wrong[: len(characters)])]
+
+
+def _numeric_escapes(characters: Bytes) -> Places:
+    slashes = np.flatnonzero(characters == ord("\\"))
+    found: Places = slashes[characters[slashes + 1] == ord("u")]
+    return found
+
+
+def _numbers(characters: Bytes, lowered: Bytes) -> list[Places]:
+    """Where exponents of three digits are, and numbers of at least `_FEW_DIGITS`."""
+    digits = characters - np.uint8(ord("0")) < 10
+    after = np.flatnonzero(digits[:-1] & (lowered[1:] == ord("e"))) + 2
+    # (What lies beyond the last character, a line feed, is no digit either.)
+    last = len(characters) - 1
+    sign = characters[np.minimum(after, last)]
+    exponents = after + ((sign == ord("+")) | (sign == ord("-")))
+    for place in range(3):
+        exponents = exponents[digits[np.minimum(exponents + place, last)]]
+    some = digits[::_WORD]
+    return [np.minimum(exponents, last), np.flatnonzero(some[2:] & some[1:-1] & some[:-2]) * _WORD]
