@@ -81,9 +81,7 @@ def _characters(characters: Bytes) -> list[Places]:
 
 
 def _numeric_escapes(characters: Bytes) -> Places:
-    slashes = np.flatnonzero(characters == ord("\\"))
-    found: Places = slashes[characters[slashes + 1] == ord("u")]
-    return found
+    return np.flatnonzero((characters[:-1] == ord("\\")) & (characters[1:] == ord("u")))
 
 
 def _numbers(characters: Bytes, lowered: Bytes) -> list[Places]:
