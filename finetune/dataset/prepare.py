@@ -38,8 +38,7 @@ from finetune.publishing import is_complete, publish_directory, read_manifest, s
 KIND = "prepared-dataset"
 _FORMAT_VERSION = 1
 _FINGERPRINT_DIGITS = 16
-# A range, its lines and what is made of them fit into a core's own cache (of 1 or 2 MB).
-_RANGE_BYTES = 1 << 19
+_RANGE_BYTES = 1 << 20
 _EXAMPLES = 5
 
 
