@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import UNSET, Raw, UnsetType
 
-from finetune.dataset.normalization import NO_UTF8, Contents, Hashes, hashed
+from finetune.dataset.normalization import NO_UTF8, Contents, Hashes, Texts
 from finetune.dataset.rules import SHAREGPT_ROLES
+from finetune.dataset.unusual import Flags, Places
 
 _ROLES = {name: role.encode() for name, role in SHAREGPT_ROLES.items()}
 _SYSTEM, _USER, _ASSISTANT, _TEXT = b"system", b"user", b"assistant", b"text"
@@ -25,12 +26,9 @@ _QUOTE = ord('"')
 # What an escaped character stands for.
 _ESCAPED = np.arange(256, dtype=np.uint8)
 _ESCAPED[list(b"bfnrt")] = list(b"\b\f\n\r\t")
-_PRINTED_ESCAPE = np.zeros(256, np.bool_)
-_PRINTED_ESCAPE[list(b'"\\/')] = True
 # The first bytes of texts that are not blank.
 _VISIBLE = np.zeros(256, np.bool_)
 _VISIBLE[[*range(0x21, 0x7F), *range(0xC3, 0xCC), *range(0xCE, 0xD6), *range(0xE4, 0xEA), 0xF0]] = True
-_VISIBLE[list(b'"\\')] = False
 _NOTHING = (b"null", b'""')
 
 
@@ -63,7 +61,7 @@ class _Record(msgspec.Struct, gc=False):
 _decode = msgspec.json.Decoder(_Record).decode
 
 
-def plain_records(lines: Sequence[bytes], numbers: Sequence[int]) -> tuple[npt.NDArray[np.int64], Hashes]:
+def plain_records(lines: Sequence[bytes], numbers: Sequence[int]) -> tuple[Places, Hashes]:
     """Which of the usual lines are records beyond doubt, and their hashes.
 
     Args:
@@ -84,11 +82,11 @@ def plain_records(lines: Sequence[bytes], numbers: Sequence[int]) -> tuple[npt.N
         parts += turns
     if not plain:
         return np.empty(0, np.int64), Contents().hashes()
-    texts, good = _texts(parts)
-    begins = np.array(first)
+    literals, quoted = _resolved(parts)
+    texts, begins = Texts(literals, len(parts)), np.array(first)
     prompts = 2 * np.flatnonzero([role in _PROMPT_ROLES for role in parts[::2]])
-    found = hashed(texts, len(parts), begins, prompts[np.searchsorted(prompts, begins)] + 1)
-    whole = np.logical_and.reduceat(good, begins // 2)
+    found = texts.hashes(begins, prompts[np.searchsorted(prompts, begins)] + 1)
+    whole = np.logical_and.reduceat(quoted & _visible(texts.beginnings(3)[1::2]), begins // 2)
     return np.array(plain)[whole], Hashes(found.contents[whole], found.prompts[whole])
 
 
@@ -130,22 +128,29 @@ def _chat(messages: Sequence[_Turn] | Sequence[_SharedTurn]) -> list[bytes | Raw
 def _with_input(prompt: bytes | Raw, record: _Record) -> bytes | Raw:
     for more in (record.input, record.context):
         if more and (literal := bytes(more)) not in _NOTHING:
-            if literal[0] != _QUOTE or not _VISIBLE[literal[1]]:
+            asked = bytes(prompt)
+            if not (_begins_visibly(asked) and _begins_visibly(literal)):
                 raise ValueError
-            prompt = b"%b\\n\\n%b" % (bytes(prompt)[:-1], literal[1:])
+            prompt = b"%b\\n\\n%b" % (asked[:-1], literal[1:])
     return prompt
 
 
-def _texts(parts: list[bytes | Raw]) -> tuple[bytearray, npt.NDArray[np.bool_]]:
-    """Roles and texts, each with NUL behind it, and which literals are texts that are not blank, beyond doubt."""
+def _begins_visibly(literal: bytes) -> bool:
+    # (A backslash may stand for white space, and a quotation mark for the end.)
+    return literal[0] == _QUOTE and literal[1] not in b'"\\' and bool(_VISIBLE[literal[1]])
+
+
+def _resolved(parts: list[bytes | Raw]) -> tuple[bytearray, Flags]:
+    """Roles and what literals stand for, each with NUL behind it, and which of the literals are in quotes."""
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
+    # A literal of one character, a digit, has no room for the quotes that are looked for below.
     for number in np.flatnonzero(sizes < 2).tolist():
         parts[number], sizes[number] = b'""', 2
     texts = bytearray().join(parts)
     characters = np.frombuffer(texts, np.uint8)
     ends = np.cumsum(sizes)
     opening, closing = ends[::2], ends[1::2] - 1
-    good = (characters[opening] == _QUOTE) & _visible(characters, opening + 1)
+    quoted = characters[opening] == _QUOTE
     slashes = np.flatnonzero(characters == ord("\\"))
     # Of a run of backslashes every second one is escaped by the one before.
     begins = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)
@@ -153,17 +158,16 @@ def _texts(parts: list[bytes | Raw]) -> tuple[bytearray, npt.NDArray[np.bool_]]:
     escapes = slashes[within % 2 == 0]
     characters[escapes + 1] = _ESCAPED[characters[escapes + 1]]
     characters[escapes] = NO_UTF8
+    # Roles end where literals begin, so that quotes make room for all that is needed.
     characters[opening] = characters[closing] = 0
-    return texts.replace(bytes([NO_UTF8]), b""), good
+    return texts.replace(bytes([NO_UTF8]), b""), quoted
 
 
-def _visible(characters: npt.NDArray[np.uint8], places: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Where a text begins with something that is not white space, beyond doubt."""
-    first, second = characters[places], characters[np.minimum(places + 1, len(characters) - 1)]
-    visible = _VISIBLE[first]
-    visible |= (first == ord("\\")) & _PRINTED_ESCAPE[second]
+def _visible(beginnings: npt.NDArray[np.uint8]) -> Flags:
+    """Which texts, of which these are the first three bytes each, are not blank, beyond doubt."""
+    first, second, third = beginnings.T
     # From U+00A1 on, and dashes and quotation marks.
-    third = characters[np.minimum(places + 2, len(characters) - 1)]
-    visible |= (first == 0xC2) & (second > 0xA0)
-    visible |= (first == 0xE2) & (second == 0x80) & (third >= 0x90) & (third < 0xA8)
+    signs = (first == 0xC2) & (second > 0xA0)
+    signs |= (first == 0xE2) & (second == 0x80) & (third >= 0x90) & (third < 0xA8)
+    visible: Flags = _VISIBLE[first] | signs
     return visible

@@ -21,6 +21,8 @@ _PROMPT_ROLES = ("user", "text")
 _SPACE = ord(" ")
 # A byte that no text holds.
 NO_UTF8 = 0xFF
+Bytes = npt.NDArray[np.uint8]
+Places = npt.NDArray[np.int64]
 
 
 def normalized(text: str) -> bytes:
@@ -46,10 +48,7 @@ class Hashes(NamedTuple):
 
 
 class Contents:
-    """The content keys of many records: white space is folded in all of them at once.
-
-    This takes a tenth of the time of splitting one text after the other at its spaces.
-    """
+    """Gathers records to hash their content keys: white space is folded in all of them at once."""
 
     def __init__(self) -> None:
         # Roles and texts of all records; of each record the number of its first one, and that of its prompt.
@@ -70,35 +69,42 @@ class Contents:
         Raises:
             ValueError: a text holds NUL.
         """
-        return hashed(bytearray(b"\0").join([*self._parts, b""]), len(self._parts), self._first, self._asked)
+        texts = bytearray(b"\0").join([*self._parts, b""])
+        return Texts(texts, len(self._parts)).hashes(self._first, self._asked)
 
 
-def hashed(texts: bytearray, parts: int, first: npt.ArrayLike, asked: npt.ArrayLike) -> Hashes:
-    """The hashes of records' content keys.
+class Texts:
+    """Roles and texts of many records, with white space folded.
 
     Args:
-        texts: roles and texts in NFC, each with NUL behind it; they are changed.
+        texts: each in NFC, with NUL behind it; they are changed.
         parts: how many there are.
-        first: the number of each record's first role.
-        asked: the number of each record's prompt.
 
     Raises:
         ValueError: a text holds NUL.
     """
-    if not parts:
-        return Hashes(np.empty((0, 2), np.uint64), np.empty(0, np.uint64))
-    folded, ends = _folded(texts)
-    if len(ends) != parts:
-        raise ValueError("a text holds NUL")
-    starts = np.append(0, ends + 1)
-    view, bounds = memoryview(folded), [*starts[np.asarray(first)].tolist(), int(starts[-1])]
-    contents = b"".join([xxh3_128_digest(view[start : end - 1]) for start, end in pairwise(bounds)])
-    asked = np.asarray(asked)
-    prompts = zip(starts[asked].tolist(), ends[asked].tolist(), strict=True)
-    return Hashes(
-        np.frombuffer(contents, "<u8").reshape(-1, 2),
-        np.array([xxh3_64_intdigest(view[start:end]) for start, end in prompts], np.uint64),
-    )
+
+    def __init__(self, texts: bytearray, parts: int) -> None:
+        self._folded, self._ends = _folded(texts) if parts else (texts, np.empty(0, np.int64))
+        if len(self._ends) != parts:
+            raise ValueError("a text holds NUL")
+        self._starts = np.append(0, self._ends + 1)
+
+    def beginnings(self, size: int) -> Bytes:
+        """The first bytes of each, as many as asked for, with whatever follows: of shape (parts, size)."""
+        places = self._starts[:-1, None] + np.arange(size)
+        return np.frombuffer(self._folded, np.uint8)[np.minimum(places, len(self._folded) - 1)]
+
+    def hashes(self, first: npt.ArrayLike, asked: npt.ArrayLike) -> Hashes:
+        """The hashes of records' content keys, by the numbers of their first roles and of their prompts."""
+        view, first, asked = memoryview(self._folded), np.asarray(first, np.int64), np.asarray(asked, np.int64)
+        bounds = [*self._starts[first].tolist(), int(self._starts[-1])]
+        contents = b"".join([xxh3_128_digest(view[start : end - 1]) for start, end in pairwise(bounds)])
+        prompts = zip(self._starts[asked].tolist(), self._ends[asked].tolist(), strict=True)
+        return Hashes(
+            np.frombuffer(contents, "<u8").reshape(-1, 2),
+            np.array([xxh3_64_intdigest(view[start:end]) for start, end in prompts], np.uint64),
+        )
 
 
 def _asked(turns: list[Turn]) -> int:
@@ -112,7 +118,7 @@ def _composed(text: str) -> bytes:
     return (text if text.isascii() else normalize("NFC", text)).encode()
 
 
-def _folded(texts: bytearray) -> tuple[bytearray, npt.NDArray[np.intp]]:
+def _folded(texts: bytearray) -> tuple[bytearray, Places]:
     """Texts that all end with NUL, with their white space folded, and where they end now."""
     characters = np.frombuffer(texts, np.uint8)
     # What may have to change: what is neither printed nor a space, and spaces before such or before a space.
@@ -132,9 +138,7 @@ def _folded(texts: bytearray) -> tuple[bytearray, npt.NDArray[np.intp]]:
     return _without(texts, leading[characters[leading] == _SPACE], ends)
 
 
-def _without(
-    texts: bytearray, places: npt.NDArray[np.intp], ends: npt.NDArray[np.intp]
-) -> tuple[bytearray, npt.NDArray[np.intp]]:
+def _without(texts: bytearray, places: Places, ends: Places) -> tuple[bytearray, Places]:
     if not len(places):
         return texts, ends
     np.frombuffer(texts, np.uint8)[places] = NO_UTF8

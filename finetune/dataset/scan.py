@@ -24,7 +24,7 @@ from finetune.dataset.normalization import Contents, content_key
 from finetune.dataset.reading import changed, opened, read_exactly
 from finetune.dataset.rules import RejectedError, Turn, checked_turns
 from finetune.dataset.screening import Screened, Screener, Screening
-from finetune.dataset.unusual import Flags, unusual_lines
+from finetune.dataset.unusual import Looks, look_at_lines
 
 # Changes whenever the same bytes could give another result: kept indexes are then made anew.
 RULES_VERSION = 3
@@ -90,14 +90,13 @@ class RangeScan:
 class _Lines:
     """The lines of a range, each with a line feed; the last one may be cut, and `cut` is its true length.
 
-    `offsets` are their places in the file, and `lengths` are those without their line breaks. Those that are `unusual`
-    have to be looked at one by one.
+    `offsets` are their places in the file, and `lengths` are those without their line breaks.
     """
 
     lines: list[bytes] = field(default_factory=list)
     offsets: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
     lengths: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
-    unusual: Flags = field(default_factory=lambda: np.empty(0, np.bool_))
+    looks: Looks = field(default_factory=lambda: Looks(np.empty(0, np.bool_), np.empty(0, np.bool_)))
     terminated: bool = True
     cut: int | None = None
 
@@ -115,7 +114,7 @@ def scan_range(task: RangeTask) -> RangeScan:
     starts, lengths = found.offsets.copy(), found.lengths
     screener = Screener(task.screening) if task.screening else None
     limits, last = task.limits, len(found.lines) - 1
-    usual = [] if screener else np.flatnonzero(~found.unusual).tolist()
+    usual = [] if screener else np.flatnonzero(~found.looks.unusual).tolist()
     plain, hashes = plain_records(found.lines, usual)
     left = np.ones(len(found.lines), np.bool_)
     left[plain] = False
@@ -123,7 +122,7 @@ def scan_range(task: RangeTask) -> RangeScan:
         line = found.lines[number]
         try:
             # The fast way: whatever fails here, for whatever reason, is examined anew.
-            turns = checked_turns(loads(line[:-1], limits))
+            turns = checked_turns(loads(line[:-1], limits) if found.looks.suspect[number] else orjson.loads(line))
         except ValueError:
             offset, length = int(found.offsets[number]), len(line) - 1
             body = line[:-1].removeprefix(_BOM)
@@ -248,6 +247,6 @@ def _split(
     sizes = np.fromiter(map(len, lines), np.int64, len(lines))
     ends = np.cumsum(sizes)
     characters = np.frombuffer(data, np.uint8)[skipped:]
-    unusual = unusual_lines(characters, ends, max_line_bytes=limits.max_line_bytes, max_depth=limits.max_depth)
+    looks = look_at_lines(characters, ends, max_line_bytes=limits.max_line_bytes, max_depth=limits.max_depth)
     lengths = sizes - 1 - (characters[ends - 2] == ord("\r"))
-    return _Lines(lines, offset + skipped + ends - sizes, lengths, unusual, terminated, cut)
+    return _Lines(lines, offset + skipped + ends - sizes, lengths, looks, terminated, cut)

@@ -2,11 +2,13 @@
 
 Usual is a line whose characters are valid UTF-8 that is in NFC whatever their order, without escapes that are
 numbers, without numbers that may be too large for a double, neither over-long nor deeply nested. Those
-characters are those up to U+02FF, from U+0380 to U+057F but for some, from U+4000 to U+9FFF, from U+1F000 to U+1FFFF,
-and common symbols (see `_AFTER_E2`). Lines with others are looked at in another way, which is slower.
+characters are the ones up to U+02FF, from U+0380 to U+057F but for some, from U+4000 to U+9FFF, from U+1F000 to
+U+1FFFF, and common symbols (see `_AFTER_E2`). Where most are neither Latin nor Cyrillic, no line is told usual.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,26 +25,41 @@ _LENGTHS[0xF0] = 4
 # What may follow E2: U+2002 to U+203F, U+2080 to U+20BF, U+2180 to U+22FF and U+2340 to U+27FF.
 _AFTER_E2 = np.zeros(256, np.bool_)
 _AFTER_E2[[0x80, 0x82, *range(0x86, 0x8C), *range(0x8D, 0xA0)]] = True
+_ESCAPED_NUL = b"\\u0000"
+# Where more bytes than one of so many need a closer look, or are escaped, no line gets one: that would be slower.
+_RARE, _ESCAPED = 16, 32
 _WORD = 64
 # A double may hold less than 309 digits before its point; with these, and less than a hundred more, it holds all.
 _FEW_DIGITS = 3 * _WORD
 
 
-def unusual_lines(characters: Bytes, ends: Places, *, max_line_bytes: int, max_depth: int) -> Flags:
-    """Which lines are not usual, and perhaps some that are.
+class Looks(NamedTuple):
+    """What is told of each line: that a parser may take it for good wrongly, or that it is not usual, which is more."""
+
+    suspect: Flags
+    unusual: Flags
+
+
+def look_at_lines(characters: Bytes, ends: Places, *, max_line_bytes: int, max_depth: int) -> Looks:
+    """Tell usual lines from others, of which some may be usual too.
 
     Args:
         characters: the lines, each with its line feed.
         ends: where each line ends, behind its line feed.
-        max_line_bytes: the length of a line, without its line feed, from which on it is not usual.
-        max_depth: how many objects and arrays may begin in a usual line.
+        max_line_bytes: the length of a line, without its line feed, from which on it is suspect.
+        max_depth: how many objects and arrays may begin in a line that is not suspect.
     """
     sizes = np.diff(ends, prepend=0)
     lowered = characters | np.uint8(0x20)
-    unusual = (sizes - 1 > max_line_bytes) | (_opened(lowered, ends - sizes, ends) > max_depth)
-    places = np.concatenate([*_characters(characters), _numeric_escapes(characters), *_numbers(characters, lowered)])
-    unusual[np.searchsorted(ends, places, side="right")] = True
-    return unusual
+    suspect = (sizes - 1 > max_line_bytes) | (_opened(lowered, ends - sizes, ends) > max_depth)
+    suspect[np.searchsorted(ends, _escaped_nuls(characters), side="right")] = True
+    unusual = suspect.copy()
+    for look in (_characters, _numeric_escapes, _numbers):
+        places = look(characters, lowered)
+        if places is None or len(places) > len(characters) // _RARE:
+            return Looks(suspect, np.ones(len(ends), np.bool_))
+        unusual[np.searchsorted(ends, places, side="right")] = True
+    return Looks(suspect, unusual)
 
 
 def _opened(lowered: Bytes, starts: Places, ends: Places) -> Places:
@@ -56,35 +73,47 @@ def _opened(lowered: Bytes, starts: Places, ends: Places) -> Places:
     return opened
 
 
-def _characters(characters: Bytes) -> list[Places]:
-    """Where characters are that are not usual, or not characters."""
+def _escaped_nuls(characters: Bytes) -> Places:
+    # Few other escapes have a zero in this place.
+    escapes = np.flatnonzero((characters[:-5] == _ESCAPED_NUL[0]) & (characters[4:-1] == _ESCAPED_NUL[4]))
+    for place, character in enumerate(_ESCAPED_NUL):
+        escapes = escapes[characters[escapes + place] == character]
+    return escapes
+
+
+def _characters(characters: Bytes, _: Bytes) -> Places | None:
+    """Where characters are that are not usual, or not characters; None if too many are none of the most common ones."""
     two = (characters - np.uint8(0xC2) < 10) | (characters & 0xFE == 0xD0)
-    rare = np.flatnonzero((characters >= 0xC0) > two)
+    others = (characters >= 0xC0) > two
+    if np.count_nonzero(others) > len(characters) // _RARE:
+        return None
+    rare = np.flatnonzero(others)
     # Where a character goes on and must not, or must and does not. (As signed numbers, 80 to BF are the least.)
     wrong = np.zeros(len(characters) + 3, np.bool_)
     wrong[0] = 0x80 <= characters[0] < 0xC0
     np.not_equal(characters[1:].view(np.int8) < -64, two[:-1], out=wrong[1 : len(characters)])
-    unusual = []
-    if len(rare):
-        leads, second = characters[rare], characters[rare + 1]
-        third = characters[np.minimum(rare + 2, len(characters) - 1)]
-        lengths = _LENGTHS[leads]
-        for length in (2, 3, 4):
-            wrong[rare[lengths >= length] + length - 1] ^= True
-        odd = lengths == 0
-        odd |= (leads == 0xCE) & (second == 0x87)
-        odd |= (leads == 0xD2) & (second < 0x8A)
-        odd |= (leads == 0xE2) & ~(_AFTER_E2[second] & ((second != 0x80) | (third >= 0x82)))
-        odd |= (leads == 0xF0) & (second != 0x9F)
-        unusual.append(rare[odd])
-    return [*unusual, np.flatnonzero(wrong[: len(characters)])]
+    leads, second = characters[rare], characters[rare + 1]
+    third = characters[np.minimum(rare + 2, len(characters) - 1)]
+    lengths = _LENGTHS[leads]
+    for length in (2, 3, 4):
+        wrong[rare[lengths >= length] + length - 1] ^= True
+    odd = lengths == 0
+    odd |= (leads == 0xCE) & (second == 0x87)
+    odd |= (leads == 0xD2) & (second < 0x8A)
+    odd |= (leads == 0xE2) & ~(_AFTER_E2[second] & ((second != 0x80) | (third >= 0x82)))
+    odd |= (leads == 0xF0) & (second != 0x9F)
+    return np.concatenate([rare[odd], np.flatnonzero(wrong[: len(characters)])])
 
 
-def _numeric_escapes(characters: Bytes) -> Places:
-    return np.flatnonzero((characters[:-1] == ord("\\")) & (characters[1:] == ord("u")))
+def _numeric_escapes(characters: Bytes, _: Bytes) -> Places | None:
+    """Where escapes by number are; None if there are too many escapes of any kind."""
+    slashes = characters == ord("\\")
+    if np.count_nonzero(slashes) > len(characters) // _ESCAPED:
+        return None
+    return np.flatnonzero(slashes[:-1] & (characters[1:] == ord("u")))
 
 
-def _numbers(characters: Bytes, lowered: Bytes) -> list[Places]:
+def _numbers(characters: Bytes, lowered: Bytes) -> Places:
     """Where exponents of three digits are, and numbers of at least `_FEW_DIGITS`."""
     digits = characters - np.uint8(ord("0")) < 10
     after = np.flatnonzero(digits[:-1] & (lowered[1:] == ord("e"))) + 2
@@ -95,4 +124,4 @@ def _numbers(characters: Bytes, lowered: Bytes) -> list[Places]:
     for place in range(3):
         exponents = exponents[digits[np.minimum(exponents + place, last)]]
     some = digits[::_WORD]
-    return [np.minimum(exponents, last), np.flatnonzero(some[2:] & some[1:-1] & some[:-2]) * _WORD]
+    return np.concatenate([exponents, np.flatnonzero(some[2:] & some[1:-1] & some[:-2]) * _WORD])
