@@ -26,10 +26,11 @@ _QUOTE = ord('"')
 # What an escaped character stands for.
 _ESCAPED = np.arange(256, dtype=np.uint8)
 _ESCAPED[list(b"bfnrt")] = list(b"\b\f\n\r\t")
-# The first bytes of texts that are not blank.
+# The first bytes of texts that are not blank: of those that are usual all but controls and C2 and E2, under which white
+# space stands among others.
 _VISIBLE = np.zeros(256, np.bool_)
 _VISIBLE[[*range(0x21, 0x7F), *range(0xC3, 0xCC), *range(0xCE, 0xD6), *range(0xE4, 0xEA), 0xF0]] = True
-_NOTHING = (b"null", b'""')
+_ABSENT = (b"null", b'""')
 
 
 class _Turn(msgspec.Struct, gc=False):
@@ -67,6 +68,9 @@ def plain_records(lines: Sequence[bytes], numbers: Sequence[int]) -> tuple[Place
     Args:
         lines: each with its line feed.
         numbers: those of usual lines (see `finetune.dataset.unusual`), in their order.
+
+    Returns:
+        Their numbers, in their order, and as many hashes.
     """
     plain: list[int] = []
     # Roles and literals in turn; of each record the number of its first role.
@@ -75,7 +79,7 @@ def plain_records(lines: Sequence[bytes], numbers: Sequence[int]) -> tuple[Place
     for number in numbers:
         try:
             turns = _turns(_decode(lines[number]))
-        except (msgspec.MsgspecError, ValueError, RecursionError):
+        except (msgspec.MsgspecError, ValueError):
             continue
         plain.append(number)
         first.append(len(parts))
@@ -108,7 +112,7 @@ def _turns(record: _Record) -> list[bytes | Raw]:
         if not prompt or not answer:
             raise ValueError
         turns = [_USER, _with_input(prompt, record) if record.input or record.context else prompt, _ASSISTANT, answer]
-    if record.system and (system := bytes(record.system)) not in _NOTHING:
+    if record.system and (system := bytes(record.system)) not in _ABSENT:
         if system[0] != _QUOTE:
             raise ValueError
         if turns[0] != _SYSTEM:
@@ -127,7 +131,7 @@ def _chat(messages: Sequence[_Turn] | Sequence[_SharedTurn]) -> list[bytes | Raw
 
 def _with_input(prompt: bytes | Raw, record: _Record) -> bytes | Raw:
     for more in (record.input, record.context):
-        if more and (literal := bytes(more)) not in _NOTHING:
+        if more and (literal := bytes(more)) not in _ABSENT:
             asked = bytes(prompt)
             if not (_begins_visibly(asked) and _begins_visibly(literal)):
                 raise ValueError
@@ -141,7 +145,10 @@ def _begins_visibly(literal: bytes) -> bool:
 
 
 def _resolved(parts: list[bytes | Raw]) -> tuple[bytearray, Flags]:
-    """Roles and what literals stand for, each with NUL behind it, and which of the literals are in quotes."""
+    """Roles and what literals stand for, each with NUL behind it, and which of the literals are in quotes.
+
+    Literals of one character are taken out of `parts`.
+    """
     sizes = np.fromiter(map(len, parts), np.int64, len(parts))
     # A literal of one character, a digit, has no room for the quotes that are looked for below.
     for number in np.flatnonzero(sizes < 2).tolist():
@@ -153,8 +160,8 @@ def _resolved(parts: list[bytes | Raw]) -> tuple[bytearray, Flags]:
     quoted = characters[opening] == _QUOTE
     slashes = np.flatnonzero(characters == ord("\\"))
     # Of a run of backslashes every second one is escaped by the one before.
-    begins = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)
-    within = np.arange(len(slashes)) - np.repeat(begins, np.diff(begins, append=len(slashes)))
+    runs = np.flatnonzero(np.diff(slashes, prepend=-2) != 1)
+    within = np.arange(len(slashes)) - np.repeat(runs, np.diff(runs, append=len(slashes)))
     escapes = slashes[within % 2 == 0]
     characters[escapes + 1] = _ESCAPED[characters[escapes + 1]]
     characters[escapes] = NO_UTF8

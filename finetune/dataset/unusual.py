@@ -20,17 +20,16 @@ Flags = npt.NDArray[np.bool_]
 # The lengths of usual characters but for Latin and most Cyrillic ones, by their first byte.
 _LENGTHS = np.zeros(256, np.uint8)
 _LENGTHS[[0xCE, 0xCF, *range(0xD2, 0xD6)]] = 2
-_LENGTHS[[0xE2, *range(0xE4, 0xEA)]] = 3
+_LENGTHS[[0xE2, *range(0xE4, 0xEA), 0xEF]] = 3
 _LENGTHS[0xF0] = 4
-# What may follow E2: U+2002 to U+203F, U+2080 to U+20BF, U+2180 to U+22FF and U+2340 to U+27FF.
+# What may follow E2: U+2002 to U+203F, U+2080 to U+20BF, U+2100 to U+213F (but for three), U+2180 to U+22FF and U+2340
+# to U+27FF.
 _AFTER_E2 = np.zeros(256, np.bool_)
-_AFTER_E2[[0x80, 0x82, *range(0x86, 0x8C), *range(0x8D, 0xA0)]] = True
+_AFTER_E2[[0x80, 0x82, 0x84, *range(0x86, 0x8C), *range(0x8D, 0xA0)]] = True
 _ESCAPED_NUL = b"\\u0000"
 # Where more bytes than one of so many need a closer look, or are escaped, no line gets one: that would be slower.
-_RARE, _ESCAPED = 16, 32
+_RARE, _ESCAPES = 16, 32
 _WORD = 64
-# A double may hold less than 309 digits before its point; with these, and less than a hundred more, it holds all.
-_FEW_DIGITS = 3 * _WORD
 
 
 class Looks(NamedTuple):
@@ -46,19 +45,21 @@ def look_at_lines(characters: Bytes, ends: Places, *, max_line_bytes: int, max_d
     Args:
         characters: the lines, each with its line feed.
         ends: where each line ends, behind its line feed.
-        max_line_bytes: the length of a line, without its line feed, from which on it is suspect.
+        max_line_bytes: how long a line that is not suspect may be, without its line feed.
         max_depth: how many objects and arrays may begin in a line that is not suspect.
     """
     sizes = np.diff(ends, prepend=0)
     lowered = characters | np.uint8(0x20)
     suspect = (sizes - 1 > max_line_bytes) | (_opened(lowered, ends - sizes, ends) > max_depth)
+    # (Here a character that the line before cuts off would seem to go on.)
+    suspect |= characters[ends - sizes] & 0xC0 == 0x80
     suspect[np.searchsorted(ends, _escaped_nuls(characters), side="right")] = True
     unusual = suspect.copy()
-    for look in (_characters, _numeric_escapes, _numbers):
-        places = look(characters, lowered)
-        if places is None or len(places) > len(characters) // _RARE:
-            return Looks(suspect, np.ones(len(ends), np.bool_))
-        unusual[np.searchsorted(ends, places, side="right")] = True
+    others, escapes = _characters(characters), _numeric_escapes(characters)
+    if others is None or escapes is None:
+        return Looks(suspect, np.ones(len(ends), np.bool_))
+    places = np.concatenate([others, escapes, _numbers(characters, lowered)])
+    unusual[np.searchsorted(ends, places, side="right")] = True
     return Looks(suspect, unusual)
 
 
@@ -81,7 +82,7 @@ def _escaped_nuls(characters: Bytes) -> Places:
     return escapes
 
 
-def _characters(characters: Bytes, _: Bytes) -> Places | None:
+def _characters(characters: Bytes) -> Places | None:
     """Where characters are that are not usual, or not characters; None if too many are none of the most common ones."""
     two = (characters - np.uint8(0xC2) < 10) | (characters & 0xFE == 0xD0)
     others = (characters >= 0xC0) > two
@@ -90,7 +91,6 @@ def _characters(characters: Bytes, _: Bytes) -> Places | None:
     rare = np.flatnonzero(others)
     # Where a character goes on and must not, or must and does not. (As signed numbers, 80 to BF are the least.)
     wrong = np.zeros(len(characters) + 3, np.bool_)
-    wrong[0] = 0x80 <= characters[0] < 0xC0
     np.not_equal(characters[1:].view(np.int8) < -64, two[:-1], out=wrong[1 : len(characters)])
     leads, second = characters[rare], characters[rare + 1]
     third = characters[np.minimum(rare + 2, len(characters) - 1)]
@@ -101,20 +101,24 @@ def _characters(characters: Bytes, _: Bytes) -> Places | None:
     odd |= (leads == 0xCE) & (second == 0x87)
     odd |= (leads == 0xD2) & (second < 0x8A)
     odd |= (leads == 0xE2) & ~(_AFTER_E2[second] & ((second != 0x80) | (third >= 0x82)))
+    # The signs of ohm, kelvin and angstrom are other letters.
+    odd |= (leads == 0xE2) & (second == 0x84) & (third >= 0xA6) & (third <= 0xAB)
+    # Variation selectors alone.
+    odd |= (leads == 0xEF) & ~((second == 0xB8) & (third < 0x90))
     odd |= (leads == 0xF0) & (second != 0x9F)
     return np.concatenate([rare[odd], np.flatnonzero(wrong[: len(characters)])])
 
 
-def _numeric_escapes(characters: Bytes, _: Bytes) -> Places | None:
+def _numeric_escapes(characters: Bytes) -> Places | None:
     """Where escapes by number are; None if there are too many escapes of any kind."""
     slashes = characters == ord("\\")
-    if np.count_nonzero(slashes) > len(characters) // _ESCAPED:
+    if np.count_nonzero(slashes) > len(characters) // _ESCAPES:
         return None
     return np.flatnonzero(slashes[:-1] & (characters[1:] == ord("u")))
 
 
 def _numbers(characters: Bytes, lowered: Bytes) -> Places:
-    """Where exponents of three digits are, and numbers of at least `_FEW_DIGITS`."""
+    """Where exponents of three digits are, and numbers of at least 192, or of fewer."""
     digits = characters - np.uint8(ord("0")) < 10
     after = np.flatnonzero(digits[:-1] & (lowered[1:] == ord("e"))) + 2
     # (What lies beyond the last character, a line feed, is no digit either.)
@@ -123,5 +127,6 @@ def _numbers(characters: Bytes, lowered: Bytes) -> Places:
     exponents = after + ((sign == ord("+")) | (sign == ord("-")))
     for place in range(3):
         exponents = exponents[digits[np.minimum(exponents + place, last)]]
+    # A double holds any number of less than 309 digits before its point, those that an exponent of two adds included.
     some = digits[::_WORD]
     return np.concatenate([exponents, np.flatnonzero(some[2:] & some[1:-1] & some[:-2]) * _WORD])

@@ -46,7 +46,7 @@ def test_every_usual_character_is_in_nfc_beside_any_other() -> None:
     assert len(SECOND_PARTS) > 50
     # Hangul's parts are joined by a rule, not by a table.
     assert not any("\u1100" <= character < "\u1200" for character in found)
-    assert set("aZ9~ éßŁőґҐїЩщёқαΩ—“”…•€→∑✓中文🎉🚀") <= set(found)
+    assert set("aZ9~ éßŁőґҐїЩщёқαΩ—“”…•€№™→∑✓中文🎉🚀\ufe0f") <= set(found)
     assert not set("\u0301\u0387\u0483\u2000\u2126\u212b\u2329かक한") & set(found)
 
 
@@ -62,6 +62,10 @@ def test_no_bytes_that_are_not_utf_8_are_usual() -> None:
     cut = [b"", *(bytes([lead]) for lead in range(0x80, 0x100)), b"\xe4\xb8", b"\xf0\x9f", b"\xf0\x9f\x8e"]
     assert list(itertools.compress(cut, usual_at_ends(cut))) == [b""]
     assert not any(usual([b"a" * 124 + line])[0] for line in cut[1:])
+    # Nor may the next line be what was broken off.
+    for lead, rest in ((b"\xd0", b"\x80"), (b"\xe4", b"\x80"), (b"\xf0", b"\x80\x80"), (b"\xf0\n", b"\x80")):
+        lines = (b"a" * 200 + lead + b"\n" + rest + b"a" * 200).split(b"\n")
+        assert usual(lines)[:: len(lines) - 1] == [False, False]
 
 
 @pytest.mark.parametrize(
