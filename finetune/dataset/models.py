@@ -114,6 +114,9 @@ class DatasetProfile(BaseModel):
 
     `percentiles` are lengths that occur; `script_shares` are of letters; `trained_token_share` is of
     tokens that the loss counts; `rejected` lines or rows are no records, and in no other figure.
+
+    `tokens_differ_at_most` holds with 95 % confidence if the records that were compared, the first ones, are like
+    the others (rule of three: Hanley and Lippman-Hand 1983).
     """
 
     model_config = ConfigDict(frozen=True)
@@ -138,5 +141,8 @@ class DatasetProfile(BaseModel):
     tokenizer: str | None = None
     # Which implementation counted: tiktoken once it agreed with tokenizers on the sample, else tokenizers.
     tokenized_by: str | None = None
+    # Records on which the two agreed, and how large a share of all could have other tokens nevertheless.
+    tokens_compared: int | None = None
+    tokens_differ_at_most: float | None = None
     rejected: int = 0
     longest: list[LongestRecord] = []

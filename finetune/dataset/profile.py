@@ -137,6 +137,7 @@ class _Tally:
         fast = None if encoder is None else FastTokenizer.of(encoder.tokenizer)
         self._fast = None if encoder is None or fast is None else encoder.with_tokenizer(fast)
         self._to_compare = sample_size
+        self._compared = 0
         self._lengths = array("I")
         self._trained = 0
         self._letters = np.zeros(len(SCRIPTS), np.int64)
@@ -191,9 +192,13 @@ class _Tally:
         encoded = self._encoder.encode(records)
         if self._fast is not None:
             self._to_compare -= len(records)
+            self._compared += len(records)
             if self._fast.encode(records) != encoded:
                 self._fast = None
         return encoded
+
+    def _differ_at_most(self) -> float:
+        return 0.0 if self._compared == self.records else min(1.0, 3 / max(self._compared, 1))
 
     def duplicates(self) -> int:
         """Records whose content stood before."""
@@ -233,6 +238,8 @@ class _Tally:
             trained_token_share=self._trained / tokens if tokens else None,
             tokenizer=tokenizer,
             tokenized_by=None if self._encoder is None else "tiktoken" if self._fast else "tokenizers",
+            tokens_compared=self._compared if self._fast else None,
+            tokens_differ_at_most=self._differ_at_most() if self._fast else None,
             rejected=rejected,
             longest=[
                 LongestRecord(where=where, id=id_, tokens=length)

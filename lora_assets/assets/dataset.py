@@ -152,6 +152,8 @@ def dataset_profile(
             "token_histogram": picture(token_histogram_png(profile)),
             "tokenizer": str(Path(profile.tokenizer).name) if profile.tokenizer else base.name,
             "tokenized_by": profile.tokenized_by or "",
+            "tokens_compared": profile.tokens_compared or 0,
+            "tokens_differ_at_most": profile.tokens_differ_at_most or 0.0,
         },
     )
 

@@ -134,6 +134,8 @@ def test_no_size_of_sample_changes_a_figure(root: Path, tiny_model: BaseModelRef
 
     # The longest is beyond any sample.
     [longest] = RecordEncoder.load(tiny_model.path).encode(records[-1:])
+    told = {name: (small.pop(name), large.pop(name)) for name in ("tokens_compared", "tokens_differ_at_most")}
+    assert told == {"tokens_compared": (1024, 1100), "tokens_differ_at_most": (3 / 1024, 0.0)}
     assert small == large
     assert small["max_tokens"] == len(longest.input_ids)
     assert small["longest"][0]["where"] == "long.jsonl:1100"

@@ -111,8 +111,21 @@ def test_a_profile_is_the_same_by_either_way(encoder: RecordEncoder, dataset: Pa
     fast = profile.analyze(dataset, encoder=encoder, sample_size=500)
     slow = profile.analyze(dataset, encoder=encoder, sample_size=10**9)
 
-    assert fast == slow
+    told = {"tokens_compared", "tokens_differ_at_most"}
+    assert fast.model_dump(exclude=told) == slow.model_dump(exclude=told)
     assert fast.tokenized_by == "tiktoken"
+    assert (slow.tokens_compared, slow.tokens_differ_at_most) == (1501, 0.0)
+
+
+def test_the_sample_bounds_how_many_records_could_have_other_tokens(
+    encoder: RecordEncoder, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile, "_BATCH", 100)
+    found = profile.analyze(dataset, encoder=encoder, sample_size=250)
+
+    assert (found.tokens_compared, found.tokens_differ_at_most) == (300, 0.01)
+    none = profile.analyze(dataset, encoder=encoder, sample_size=0)
+    assert (none.tokens_compared, none.tokens_differ_at_most) == (0, 1.0)
 
 
 def test_the_models_own_tokenizer_counts_the_sample_alone(
@@ -141,4 +154,5 @@ def test_a_fast_tokenizer_that_differs_on_the_sample_is_not_trusted(
     guarded = profile.analyze(dataset, encoder=encoder)
 
     assert guarded.tokenized_by == "tokenizers"
+    assert guarded.tokens_differ_at_most is None
     assert guarded.total_tokens == exact.total_tokens
