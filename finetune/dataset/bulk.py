@@ -90,7 +90,7 @@ def plain_records(lines: Sequence[bytes], numbers: Sequence[int]) -> tuple[Place
     texts, begins = Texts(literals, len(parts)), np.array(first)
     prompts = 2 * np.flatnonzero([role in _PROMPT_ROLES for role in parts[::2]])
     found = texts.hashes(begins, prompts[np.searchsorted(prompts, begins)] + 1)
-    whole = np.logical_and.reduceat(quoted & _visible(texts.beginnings(3)[1::2]), begins // 2)
+    whole = np.logical_and.reduceat(quoted & _visible(texts.beginnings(slice(1, None, 2), 3)), begins // 2)
     return np.array(plain)[whole], Hashes(found.contents[whole], found.prompts[whole])
 
 
@@ -172,7 +172,7 @@ def _resolved(parts: list[bytes | Raw]) -> tuple[bytearray, Flags]:
 
 def _visible(beginnings: npt.NDArray[np.uint8]) -> Flags:
     """Which texts, of which these are the first three bytes each, are not blank, beyond doubt."""
-    first, second, third = beginnings.T
+    first, second, third = beginnings
     # From U+00A1 on, and dashes and quotation marks.
     signs = (first == 0xC2) & (second > 0xA0)
     signs |= (first == 0xE2) & (second == 0x80) & (third >= 0x90) & (third < 0xA8)

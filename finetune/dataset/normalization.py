@@ -90,10 +90,10 @@ class Texts:
             raise ValueError("a text holds NUL")
         self._starts = np.append(0, self._ends + 1)
 
-    def beginnings(self, size: int) -> Bytes:
-        """The first bytes of each, as many as asked for, with whatever follows: of shape (parts, size)."""
-        places = self._starts[:-1, None] + np.arange(size)
-        return np.frombuffer(self._folded, np.uint8)[np.minimum(places, len(self._folded) - 1)]
+    def beginnings(self, parts: slice, size: int) -> Bytes:
+        """The first bytes of some, and whatever follows where these are shorter: of shape (size, parts)."""
+        places = np.minimum(self._starts[:-1][parts] + np.arange(size)[:, None], len(self._folded) - 1)
+        return np.frombuffer(self._folded, np.uint8)[places]
 
     def hashes(self, first: npt.ArrayLike, asked: npt.ArrayLike) -> Hashes:
         """The hashes of records' content keys, by the numbers of their first roles and of their prompts."""

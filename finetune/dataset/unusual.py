@@ -53,11 +53,12 @@ def look_at_lines(characters: Bytes, ends: Places, *, max_line_bytes: int, max_d
     suspect = (sizes - 1 > max_line_bytes) | (_opened(lowered, ends - sizes, ends) > max_depth)
     # (Here a character that the line before cuts off would seem to go on.)
     suspect |= characters[ends - sizes] & 0xC0 == 0x80
-    suspect[np.searchsorted(ends, _escaped_nuls(characters), side="right")] = True
-    unusual = suspect.copy()
     others, escapes = _characters(characters), _numeric_escapes(characters)
+    nuls = _escaped_nuls(characters, escapes)
+    suspect[np.searchsorted(ends, nuls, side="right")] = True
     if others is None or escapes is None:
         return Looks(suspect, np.ones(len(ends), np.bool_))
+    unusual = suspect.copy()
     places = np.concatenate([others, escapes, _numbers(characters, lowered)])
     unusual[np.searchsorted(ends, places, side="right")] = True
     return Looks(suspect, unusual)
@@ -74,11 +75,13 @@ def _opened(lowered: Bytes, starts: Places, ends: Places) -> Places:
     return opened
 
 
-def _escaped_nuls(characters: Bytes) -> Places:
-    # Few other escapes have a zero in this place.
-    escapes = np.flatnonzero((characters[:-5] == _ESCAPED_NUL[0]) & (characters[4:-1] == _ESCAPED_NUL[4]))
+def _escaped_nuls(characters: Bytes, escapes: Places | None) -> Places:
+    if escapes is None:
+        # Few other escapes have a zero in this place.
+        escapes = np.flatnonzero((characters[:-5] == _ESCAPED_NUL[0]) & (characters[4:-1] == _ESCAPED_NUL[4]))
     for place, character in enumerate(_ESCAPED_NUL):
-        escapes = escapes[characters[escapes + place] == character]
+        # (What lies beyond the last character, a line feed, is none of these either.)
+        escapes = escapes[characters[np.minimum(escapes + place, len(characters) - 1)] == character]
     return escapes
 
 
