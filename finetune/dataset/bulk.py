@@ -12,12 +12,11 @@ from typing import Literal
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 from msgspec import UNSET, Raw, UnsetType
 
 from finetune.dataset.normalization import NO_UTF8, Contents, Hashes, Texts
 from finetune.dataset.rules import SHAREGPT_ROLES
-from finetune.dataset.unusual import Flags, Places
+from finetune.dataset.unusual import Bytes, Flags, Places
 
 _ROLES = {name: role.encode() for name, role in SHAREGPT_ROLES.items()}
 _SYSTEM, _USER, _ASSISTANT, _TEXT = b"system", b"user", b"assistant", b"text"
@@ -170,7 +169,7 @@ def _resolved(parts: list[bytes | Raw]) -> tuple[bytearray, Flags]:
     return texts.replace(bytes([NO_UTF8]), b""), quoted
 
 
-def _visible(beginnings: npt.NDArray[np.uint8]) -> Flags:
+def _visible(beginnings: Bytes) -> Flags:
     """Which texts, of which these are the first three bytes each, are not blank, beyond doubt."""
     first, second, third = beginnings
     # From U+00A1 on, and dashes and quotation marks.

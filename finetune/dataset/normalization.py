@@ -15,14 +15,13 @@ import numpy.typing as npt
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from finetune.dataset.rules import CHAT_ROLES, Turn
+from finetune.dataset.unusual import Bytes, Places
 
 _ROLES = {role: role.encode() for role in (*CHAT_ROLES, "text")}
 _PROMPT_ROLES = ("user", "text")
 _SPACE = ord(" ")
 # A byte that no text holds.
 NO_UTF8 = 0xFF
-Bytes = npt.NDArray[np.uint8]
-Places = npt.NDArray[np.int64]
 
 
 def normalized(text: str) -> bytes:

@@ -136,7 +136,7 @@ class _Tally:
         self._encoder = encoder
         fast = None if encoder is None else FastTokenizer.of(encoder.tokenizer)
         self._fast = None if encoder is None or fast is None else encoder.with_tokenizer(fast)
-        self._to_compare = sample_size
+        self._sample_size = sample_size
         self._compared = 0
         self._lengths = array("I")
         self._trained = 0
@@ -187,11 +187,10 @@ class _Tally:
     def _encode(self, records: list[dict[str, Any]]) -> list[EncodedRecord]:
         if self._encoder is None:
             return []
-        if self._fast is not None and self._to_compare <= 0:
+        if self._fast is not None and self._compared >= self._sample_size:
             return self._fast.encode(records)
         encoded = self._encoder.encode(records)
         if self._fast is not None:
-            self._to_compare -= len(records)
             self._compared += len(records)
             if self._fast.encode(records) != encoded:
                 self._fast = None

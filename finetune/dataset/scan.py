@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 from xxhash import xxh3_64_intdigest
 
@@ -24,17 +23,15 @@ from finetune.dataset.normalization import Contents, content_key
 from finetune.dataset.reading import changed, opened, read_exactly
 from finetune.dataset.rules import RejectedError, Turn, checked_turns
 from finetune.dataset.screening import Screened, Screener, Screening
-from finetune.dataset.unusual import Looks, look_at_lines
+from finetune.dataset.unusual import ESCAPED_NUL, Looks, Places, look_at_lines
 
 # Changes whenever the same bytes could give another result: kept indexes are then made anew.
 RULES_VERSION = 3
 # The hashes of its normalised content and prompt, its offset and its length in bytes.
 RECORD = np.dtype([("content", "<u8", (2,)), ("prompt", "<u8"), ("offset", "<u8"), ("length", "<u4")])
-_ESCAPED_NUL = b"\\u0000"
 _BOM = b"\xef\xbb\xbf"
 _HEAD_BYTES = 120
 _SCAN_AHEAD = 1 << 16
-IntArray = npt.NDArray[np.int64]
 _Decoder = codecs.getincrementaldecoder("utf-8")
 
 
@@ -94,8 +91,8 @@ class _Lines:
     """
 
     lines: list[bytes] = field(default_factory=list)
-    offsets: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
-    lengths: IntArray = field(default_factory=lambda: np.empty(0, np.int64))
+    offsets: Places = field(default_factory=lambda: np.empty(0, np.int64))
+    lengths: Places = field(default_factory=lambda: np.empty(0, np.int64))
     looks: Looks = field(default_factory=lambda: Looks(np.empty(0, np.bool_), np.empty(0, np.bool_)))
     terminated: bool = True
     cut: int | None = None
@@ -174,7 +171,7 @@ def loads(line: bytes, limits: Limits) -> Any:
         raise ValueError
     record = orjson.loads(line)
     # (bytes.rfind skips ahead, which find does not: it takes a third of the time.)
-    if line.rfind(_ESCAPED_NUL) >= 0:
+    if line.rfind(ESCAPED_NUL) >= 0:
         raise ValueError
     # Nesting takes brackets, and most records hold few. (bytes.split stops early, and finds faster than count.)
     brackets = len(line.split(b"{", limits.max_depth)) + len(line.split(b"[", limits.max_depth)) - 2

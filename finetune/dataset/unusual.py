@@ -26,7 +26,7 @@ _LENGTHS[0xF0] = 4
 # to U+27FF.
 _AFTER_E2 = np.zeros(256, np.bool_)
 _AFTER_E2[[0x80, 0x82, 0x84, *range(0x86, 0x8C), *range(0x8D, 0xA0)]] = True
-_ESCAPED_NUL = b"\\u0000"
+ESCAPED_NUL = b"\\u0000"
 # Where more bytes than one of so many need a closer look, or are escaped, no line gets one: that would be slower.
 _RARE, _ESCAPES = 16, 32
 _WORD = 64
@@ -78,8 +78,8 @@ def _opened(lowered: Bytes, starts: Places, ends: Places) -> Places:
 def _escaped_nuls(characters: Bytes, escapes: Places | None) -> Places:
     if escapes is None:
         # Few other escapes have a zero in this place.
-        escapes = np.flatnonzero((characters[:-5] == _ESCAPED_NUL[0]) & (characters[4:-1] == _ESCAPED_NUL[4]))
-    for place, character in enumerate(_ESCAPED_NUL):
+        escapes = np.flatnonzero((characters[:-5] == ESCAPED_NUL[0]) & (characters[4:-1] == ESCAPED_NUL[4]))
+    for place, character in enumerate(ESCAPED_NUL):
         # (What lies beyond the last character, a line feed, is none of these either.)
         escapes = escapes[characters[np.minimum(escapes + place, len(characters) - 1)] == character]
     return escapes
